@@ -1,0 +1,13 @@
+"""The two simulators: exact ranks without a clock, and the timeline with one."""
+
+from moejax.simulate._hit_curve import HitCurve as HitCurve
+from moejax.simulate._hit_curve import hit_curve as hit_curve
+from moejax.simulate._hit_curve import lru_hit_curve as lru_hit_curve
+from moejax.simulate._pool import pool as pool
+from moejax.simulate._ranks import Counts as Counts
+from moejax.simulate._ranks import Marks as Marks
+from moejax.simulate._ranks import ranks as ranks
+from moejax.simulate._replay import Replay as Replay
+from moejax.simulate._replay import replay as replay
+from moejax.simulate._timeline import Record as Record
+from moejax.simulate._timeline import timeline as timeline

@@ -1,0 +1,66 @@
+"""Caching strategies, their predictors and wrappers, and the registry of them all."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from moejax.strategies._base import Access as Access
+from moejax.strategies._base import CacheShape as CacheShape
+from moejax.strategies._base import Decision as Decision
+from moejax.strategies._base import Future as Future
+from moejax.strategies._base import Strategy as Strategy
+from moejax.strategies._duel import duel as duel
+from moejax.strategies._fifo import fifo as fifo
+from moejax.strategies._gate_look import gate_look as gate_look
+from moejax.strategies._intelligent import intelligent as intelligent
+from moejax.strategies._learn import learn_profile as learn_profile
+from moejax.strategies._lfu import lfu as lfu
+from moejax.strategies._lru import lru as lru
+from moejax.strategies._multi_look import multi_look as multi_look
+from moejax.strategies._on_demand import on_demand as on_demand
+from moejax.strategies._oracle import oracle as oracle
+from moejax.strategies._predict import Predictor as Predictor
+from moejax.strategies._predict import calibrated as calibrated
+from moejax.strategies._predict import gate as gate
+from moejax.strategies._predict import transitions as transitions
+from moejax.strategies._profile import Profile as Profile
+from moejax.strategies._reuse import learn_reuse_weights as learn_reuse_weights
+from moejax.strategies._reuse import reuse as reuse
+from moejax.strategies._select import keep_best as keep_best
+from moejax.strategies._select import rank_by_score as rank_by_score
+from moejax.strategies._select import worst as worst
+from moejax.strategies._top_k import top_k as top_k
+from moejax.strategies._wrap import host_compute as host_compute
+from moejax.strategies._wrap import pinned as pinned
+from moejax.strategies._wrap import with_prefetch as with_prefetch
+
+
+class Kind(NamedTuple):
+    """An entry of the registry.
+
+    Attributes:
+      label: Name in reports.
+      make: Builds the strategy from what a profile taught, or from None.
+      needs_profile: Whether it cannot work without a profile.
+      needs_lookahead: Whether it cannot work on a trace without `lookahead`.
+    """
+
+    label: str
+    make: Callable[[Profile | None], Strategy]
+    needs_profile: bool = False
+    needs_lookahead: bool = False
+
+
+STRATEGIES: Mapping[str, Kind] = MappingProxyType(
+    {
+        "on_demand": Kind("On-Demand", lambda profile: on_demand()),
+        "oracle": Kind("Oracle", lambda profile: oracle()),
+        "multi_look": Kind("Multi-Look", multi_look),
+        "top_k": Kind("Top-K", lambda profile: top_k(profile), needs_profile=True),
+        "intelligent": Kind("Intelligent", intelligent),
+        "lru": Kind("LRU", lambda profile: lru()),
+        "lfu": Kind("LFU", lambda profile: lfu()),
+        "fifo": Kind("FIFO", lambda profile: fifo()),
+        "gate_look": Kind("Gate-Look", lambda profile: gate_look(), needs_lookahead=True),
+    }
+)

@@ -1,0 +1,79 @@
+"""Wrappers: a strategy goes in, a strategy comes out."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from moejax._types import PRNGKey
+from moejax.strategies._base import Access, CacheShape, Decision, Strategy
+from moejax.strategies._predict import Predictor
+from moejax.strategies._profile import Profile
+from moejax.strategies._select import keep_best
+
+
+class PrefetchState(NamedTuple):
+    """State of the wrapped strategy and of the predictor."""
+
+    inner: Any
+    predictor: Any
+
+
+def with_prefetch(strategy: Strategy, predictor: Predictor) -> Strategy:
+    """Adds a predictor's prefetches to any strategy's retention."""
+
+    def init(shape: CacheShape) -> PrefetchState:
+        return PrefetchState(strategy.init(shape), predictor.init(shape))
+
+    def step(state: PrefetchState, access: Access, key: PRNGKey):
+        inner, decision = strategy.step(state.inner, access, key)
+        predicted, probability = predictor.step(state.predictor, access)
+        state = PrefetchState(inner, predicted)
+        return state, decision._replace(prefetch_probability=probability)
+
+    return strategy._replace(init=init, step=step, prefetches=True)
+
+
+class PinnedState(NamedTuple):
+    """State of the wrapped strategy and the profile's hottest experts."""
+
+    inner: Any
+    is_pin: Bool[Array, "*layers experts"]
+
+
+def pinned(strategy: Strategy, profile: Profile, share_ratio: float) -> Strategy:
+    """Keeps the profile's hottest experts for good and leaves the other slots to a strategy.
+
+    Args:
+      strategy: What rules the other slots.
+      profile: Counts of a trace that is not the one under test.
+      share_ratio: Share of a layer's experts that are pins. Where the slots are fewer, the
+        strategy's own scores decide among the pins.
+    """
+
+    def init(shape: CacheShape) -> PinnedState:
+        num_uses = jnp.asarray(profile.num_uses)
+        num_pins = jnp.full(shape.num_layers, round(share_ratio * shape.num_experts))
+        is_pin = keep_best(num_uses, jnp.ones_like(num_uses, bool), num_pins)
+        return PinnedState(strategy.init(shape), is_pin)
+
+    def step(state: PinnedState, access: Access, key: PRNGKey) -> tuple[PinnedState, Decision]:
+        inner, decision = strategy.step(state.inner, access, key)
+        score = decision.keep_score.astype(jnp.float32)
+        spread = score.max() - score.min() + 1.0
+        admit = decision.admit if decision.admit is None else decision.admit | state.is_pin
+        decision = decision._replace(
+            keep_score=jnp.where(state.is_pin, score + spread, score), admit=admit
+        )
+        return state._replace(inner=inner), decision
+
+    return strategy._replace(init=init, step=step)
+
+
+def host_compute(strategy: Strategy) -> Strategy:
+    """Lets a miss be computed on the host where that is cheaper than copying the expert.
+
+    The simulator and the engine compare the two prices of the cost model; an expert computed on
+    the host is a miss that moves no bytes and enters no slot.
+    """
+    return strategy._replace(computes_on_host=True)
