@@ -1,0 +1,34 @@
+"""Cost model: what copies and compute take on one machine, in closed form and differentiable."""
+
+from ._clock import LayerClock as LayerClock
+from ._clock import clock_from_parameters as clock_from_parameters
+from ._clock import layer_clock as layer_clock
+from ._compute import expert_compute_s as expert_compute_s
+from ._compute import smooth_maximum as smooth_maximum
+from ._copy import copy_s as copy_s
+from ._copy import host_copy_s as host_copy_s
+from ._copy import host_expert_s as host_expert_s
+from ._copy import nvme_read_s as nvme_read_s
+from ._estimate import Estimate as Estimate
+from ._estimate import cliff_slots as cliff_slots
+from ._estimate import estimate as estimate
+from ._estimate import expected_distinct_experts as expected_distinct_experts
+from ._estimate import smallest_budget_bytes as smallest_budget_bytes
+from ._estimate import workspace_bytes as workspace_bytes
+from ._fit import LogFit as LogFit
+from ._fit import fit_log_parameters as fit_log_parameters
+from ._fit_copy import CopyFit as CopyFit
+from ._fit_copy import CopyFitRow as CopyFitRow
+from ._fit_copy import fit_copy as fit_copy
+from ._fit_csv import CsvFit as CsvFit
+from ._fit_csv import fit_csv as fit_csv
+from ._fit_profile import fit_profile as fit_profile
+from ._fit_text import format_fit as format_fit
+from ._measurements import TransferRow as TransferRow
+from ._measurements import read_csv as read_csv
+from ._measurements import read_transfers as read_transfers
+from ._parameters import CostParameters as CostParameters
+from ._parameters import from_hardware as from_hardware
+from ._profile_text import format_profile as format_profile
+from ._step import event_s as event_s
+from ._step import step_latency_s as step_latency_s
