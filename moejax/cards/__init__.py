@@ -1,0 +1,12 @@
+"""Cards: what is known about a model or a machine, with the source of every fact."""
+
+from ._hardware import CONSTANT_NAMES as CONSTANT_NAMES
+from ._hardware import KINDS as KINDS
+from ._hardware import Constant as Constant
+from ._hardware import Hardware as Hardware
+from ._hardware import load_hardware as load_hardware
+from ._load import load_model as load_model
+from ._places import HARDWARE as HARDWARE
+from ._places import MODELS as MODELS
+from ._places import models_dir as models_dir
+from ._spec import ModelSpec as ModelSpec
