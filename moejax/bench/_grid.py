@@ -1,0 +1,271 @@
+"""The experiment: strategies x batch sizes x runs on the timeline."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from moejax.bench._requests import Requests, batch_lookahead, draw_run
+from moejax.cards import Hardware, ModelSpec
+from moejax.cost import LayerClock, layer_clock
+from moejax.simulate import Record, Replay, replay, timeline
+from moejax.strategies import STRATEGIES, Profile, Strategy
+from moejax.trace import Trace, batch_trace
+
+MAX_LANES = 64
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """What the experiment varies and what it holds fixed.
+
+    Attributes:
+      strategies: Names in the registry.
+      batch_sizes: Requests that decode in lockstep.
+      num_runs: Draws of requests and strategy seed.
+      slots: Device slots of each layer, the same for every strategy.
+      dispatches: `batched`, `sequential` or both.
+      num_steps: Decode steps that count.
+      num_warmup_steps: Steps before them, which fill the cache and do not count.
+      context_tokens: Tokens in each request's KV cache, for the cost of attention.
+      seed: Seed of everything drawn.
+    """
+
+    strategies: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    num_runs: int
+    slots: tuple[int, ...]
+    dispatches: tuple[str, ...] = ("batched",)
+    num_steps: int = 128
+    num_warmup_steps: int = 32
+    context_tokens: int = 512
+    seed: int = 0
+
+
+def run_grid(
+    settings: GridSettings,
+    model: ModelSpec,
+    hardware: Hardware,
+    requests: Requests,
+    profile: Profile,
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Runs every point of the grid: one record a strategy, batch size, run and dispatch.
+
+    A run is another draw of requests and another strategy seed; nothing else varies between
+    runs, and no noise is added. All strategies see the same requests.
+
+    Returns:
+      Records in the order strategy, batch size, run, batched before sequential.
+    """
+    num_tokens = max(settings.batch_sizes) * _total_steps(settings)
+    draws = [draw_run(requests, run, num_tokens) for run in range(settings.num_runs)]
+    records: dict[tuple, dict[str, Any]] = {}
+    # Lanes of one length go together: all batch sizes when batched, each by itself in sequence.
+    groups = [("batched", settings.batch_sizes)] if "batched" in settings.dispatches else []
+    if "sequential" in settings.dispatches:
+        groups += [("sequential", (size,)) for size in settings.batch_sizes]
+    num_done, num_all = 0, len(settings.strategies) * len(groups)
+    for dispatch, sizes in groups:
+        points = [(size, run) for size in sizes for run in range(settings.num_runs)]
+        lanes = [_lane(draws[run], size, dispatch, settings) for size, run in points]
+        clocks = [_clock(hardware, model, draws[0], size, dispatch, settings) for size, _ in points]
+        for name in settings.strategies:
+            strategy = STRATEGIES[name].make(profile)
+            results = simulate_lanes(
+                strategy,
+                [_without_unread(lane, name) for lane in lanes],
+                clocks,
+                np.asarray([settings.slots] * len(points), np.int32),
+                seeds=[settings.seed + run for _, run in points],
+                topk=model.num_experts_per_tok,
+            )
+            for (size, run), lane, clock, result in zip(points, lanes, clocks, results, strict=True):
+                record = summarise(result, clock, settings, batch_size=size, dispatch=dispatch)
+                head = {"strategy": name, "batch_size": size, "run": run, "dispatch": dispatch}
+                records[name, size, run, dispatch] = head | record
+            num_done += 1
+            if progress is not None:
+                progress(num_done, num_all, f"{name}, {dispatch}")
+    return [
+        records[name, size, run, dispatch]
+        for name in settings.strategies
+        for size in settings.batch_sizes
+        for run in range(settings.num_runs)
+        for dispatch in settings.dispatches
+    ]
+
+
+def simulate_lanes(
+    strategy: Strategy,
+    lanes: Sequence[Replay],
+    clocks: Sequence[LayerClock],
+    capacities: Int[np.ndarray, "lanes layers"],
+    *,
+    seeds: Sequence[int],
+    topk: int,
+) -> list[Record]:
+    """Replays many lanes of equal length on the timeline, compiled once.
+
+    Args:
+      strategy: What scores.
+      lanes: Routing of each lane.
+      clocks: Times of each lane.
+      capacities: Slots of each lane and layer.
+      seeds: Seed of the strategy in each lane.
+      topk: Experts one token demands.
+
+    Returns:
+      One record a lane, as numpy arrays.
+    """
+    run = _mapped_timeline(strategy, topk)
+    width = min(MAX_LANES, len(lanes))
+    results: list[Record] = []
+    for start in range(0, len(lanes), width):
+        # The last group repeats its last lane, so that every group has one compiled shape.
+        chosen = [min(start + i, len(lanes) - 1) for i in range(width)]
+        batch = _stack([lanes[i] for i in chosen])
+        clock = _stack([clocks[i] for i in chosen])
+        keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[i] for i in chosen], jnp.uint32))
+        record = jax.device_get(run(batch, clock, jnp.asarray(capacities[chosen]), keys))
+        here = min(width, len(lanes) - start)
+        results += [jax.tree.map(lambda leaf, i=i: leaf[i], record) for i in range(here)]
+    return results
+
+
+def summarise(
+    record: Record,
+    clock: LayerClock,
+    settings: GridSettings,
+    *,
+    batch_size: int,
+    dispatch: str,
+) -> dict[str, Any]:
+    """The figures of one run: of all steps, or means a step where a field says no more."""
+    size = np.asarray(clock.expert_bytes, np.float64)
+    places = batch_size if dispatch == "sequential" else 1
+    # Sequential lanes play one place after another; a batch's step is the sum over its places.
+    counted = jax.tree.map(
+        lambda leaf: _counted_steps(np.asarray(leaf, np.float64), places, settings), record
+    )
+    num_steps = settings.num_steps
+    latency_s = (counted.compute_s + counted.stall_s).sum(-1)
+    num_prefetches = _by_target(counted.num_prefetches)
+    num_fetched = counted.num_misses - counted.num_on_host + num_prefetches
+    wasted = num_prefetches.sum(0) - counted.num_useful.sum(0)
+    demands = counted.num_demands.sum()
+    # Wherever a demanded expert is not kept, its bytes stream through a staging place.
+    occupied = np.asarray(record.num_resident, np.float64) @ size
+    staged = ((np.asarray(record.num_demands) - np.asarray(record.num_hits)) * size).max()
+    return {
+        "slots": max(settings.slots),
+        "capacity_bytes": int(np.asarray(settings.slots) @ size),
+        "num_steps": num_steps,
+        "num_demands": int(demands),
+        "num_hits": int(counted.num_hits.sum()),
+        "num_late": int(counted.num_late.sum()),
+        "num_misses": int(counted.num_misses.sum()),
+        "num_prefetches": int(num_prefetches.sum()),
+        "num_useful_prefetches": int(counted.num_useful.sum()),
+        "latency_s": {
+            "mean": float(latency_s.mean()),
+            "std": float(latency_s.std()),
+            **{f"p{q}": float(np.percentile(latency_s, q)) for q in (50, 95, 99)},
+        },
+        "hit_ratio": float(counted.num_hits.sum() / max(1, demands)),
+        "late_ratio": float(counted.num_late.sum() / max(1, demands)),
+        "fetched_bytes": float((num_fetched @ size).sum() / num_steps),
+        "wasted_bytes": float(max(0.0, wasted @ size) / num_steps),
+        "stall_s": float(counted.stall_s.sum() / num_steps),
+        "compute_s": float(counted.compute_s.sum() / num_steps),
+        "transfer_s": float((num_fetched @ np.asarray(clock.copy_s, np.float64)).sum() / num_steps),
+        "memory_bytes": int(occupied.max() + staged),
+    }
+
+
+def _total_steps(settings: GridSettings) -> int:
+    return settings.num_steps + settings.num_warmup_steps
+
+
+def _lane(trace: Trace, batch_size: int, dispatch: str, settings: GridSettings) -> Replay:
+    num_steps = _total_steps(settings)
+    experts = batch_trace(trace, batch_size, num_steps=num_steps)
+    said = batch_lookahead(trace, batch_size, num_steps)
+    if dispatch == "sequential":
+        experts = _one_place_after_another(experts, batch_size)
+        said = None if said is None else _one_place_after_another(said, batch_size)
+    return replay(experts, trace.num_experts, lookahead=said)
+
+
+def _one_place_after_another(batched: np.ndarray, batch_size: int) -> np.ndarray:
+    """[steps, ..., batch x topk] -> [batch x steps, ..., topk], place by place."""
+    places = batched.reshape(*batched.shape[:-1], batch_size, -1)
+    alone = np.moveaxis(places, -2, 0)
+    return alone.reshape(-1, *alone.shape[2:])
+
+
+def _without_unread(lane: Replay, name: str) -> Replay:
+    """Leaves out what a strategy does not read, so that it is not copied for every lane."""
+    kind = STRATEGIES[name]
+    return Replay(
+        lane.demand,
+        lane.next_use if name == "oracle" else None,
+        lane.lookahead if kind.needs_lookahead else None,
+    )
+
+
+def _clock(
+    hardware: Hardware,
+    model: ModelSpec,
+    trace: Trace,
+    batch_size: int,
+    dispatch: str,
+    settings: GridSettings,
+) -> LayerClock:
+    return layer_clock(
+        hardware,
+        model,
+        batch_size=batch_size if dispatch == "batched" else 1,
+        context_tokens=settings.context_tokens,
+        expert_bytes=trace.expert_bytes,
+    )
+
+
+@functools.cache
+def _mapped_timeline(strategy: Strategy, topk: int):
+    def one_lane(lane, clock, capacity, key):
+        return timeline(strategy, lane, clock, capacity, key, topk=topk)
+
+    return jax.jit(jax.vmap(one_lane))
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
+
+
+def _counted_steps(leaf: np.ndarray, places: int, settings: GridSettings) -> np.ndarray:
+    by_place = leaf.reshape(places, -1, *leaf.shape[1:])
+    return by_place[:, settings.num_warmup_steps :].sum(0)
+
+
+def _by_target(num_prefetches: np.ndarray) -> np.ndarray:
+    """[steps, layers, depth] by issuing layer -> [steps, layers] by the layer aimed at."""
+    ahead = range(num_prefetches.shape[-1])
+    rolled = [np.roll(num_prefetches[..., d], d + 1, axis=1) for d in ahead]
+    return np.sum(rolled, axis=0) if rolled else num_prefetches.sum(-1)
+
+
+def slots_of(total: int, num_layers: int) -> tuple[int, ...]:
+    """The same slots for every layer, what is left over to the first ones."""
+    each, left = divmod(total, num_layers)
+    return tuple(each + (layer < left) for layer in range(num_layers))
+
+

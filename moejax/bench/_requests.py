@@ -1,0 +1,124 @@
+"""Where a run's requests come from: a calibrated workload or a recorded trace."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt
+
+from moejax.cards import ModelSpec
+from moejax.errors import BadFileError, UsageError
+from moejax.strategies import Profile, learn_profile
+from moejax.trace import Trace, batch_tokens, not_computed, select_requests, split_profile
+from moejax.workloads import WORKLOADS, make_trace
+
+_TOKENS_PER_REQUEST = 128
+_PROFILE_REQUESTS = 32
+_PROFILE_SHARE_RATIO = 0.3
+# Runs draw seeds far from the profile's.
+_PROFILE_SEED_OFFSET = 1_000_000
+
+
+class Requests(NamedTuple):
+    """Routing to test strategies on, and what may be learned beforehand.
+
+    Attributes:
+      profile: Trace to learn from; shares no request with any run.
+      test: Recorded requests to draw runs from; None where each run draws its own.
+      workload: Name of the synthetic workload; None for recorded routing.
+      seed: Seed of the draws.
+    """
+
+    profile: Trace
+    test: Trace | None
+    workload: str | None
+    seed: int
+
+
+def open_requests(trace: Trace | None, workload: str, model: ModelSpec, seed: int) -> Requests:
+    """Prepares a recorded trace, or a workload where there is none.
+
+    Raises:
+      BadFileError: The trace's shape is not the model's.
+      UsageError: The workload is unknown, or its shape is not the model's.
+    """
+    if trace is not None:
+        check_shape(trace, model)
+        profile, test = split_profile(trace, _PROFILE_SHARE_RATIO)
+        return Requests(profile, test, trace.workload, seed)
+    if workload not in WORKLOADS:
+        raise UsageError(f"workload {workload!r} is not known", f"Known: {', '.join(WORKLOADS)}.")
+    profile = make_trace(
+        WORKLOADS[workload],
+        num_requests=_PROFILE_REQUESTS,
+        tokens_per_request=_TOKENS_PER_REQUEST,
+        seed=(seed + _PROFILE_SEED_OFFSET) % 2**32,
+    )
+    if (profile.num_layers, profile.num_experts) != (model.num_moe_layers, model.num_experts):
+        raise UsageError(
+            f"workload {workload!r} routes {profile.num_layers} layers of {profile.num_experts} "
+            f"experts, but {model.name} has {model.num_moe_layers} of {model.num_experts}",
+            "Name a workload of this model with --workload, or record a trace and give --trace.",
+        )
+    return Requests(profile, None, workload, seed)
+
+
+def check_shape(trace: Trace, model: ModelSpec) -> None:
+    """Refuses a trace that cannot be this model's.
+
+    Raises:
+      BadFileError: Layers, experts or top-k differ.
+    """
+    routed = (trace.num_layers, trace.num_experts)
+    if routed != (model.num_moe_layers, model.num_experts):
+        raise BadFileError(
+            f"the trace routes {routed[0]} layers of {routed[1]} experts, but {model.name} has "
+            f"{model.num_moe_layers} layers of {model.num_experts}",
+            "Name the trace's own model with --model.",
+        )
+
+
+def learn(requests: Requests) -> Profile:
+    """What the profile part teaches."""
+    return learn_profile(requests.profile)
+
+
+def draw_run(
+    requests: Requests,
+    run: int,
+    num_tokens: int,
+    *,
+    tokens_per_request: int = _TOKENS_PER_REQUEST,
+) -> Trace:
+    """The requests of one run: another draw for another number.
+
+    Args:
+      requests: Where to draw from.
+      run: Number of the run.
+      num_tokens: At least so many tokens, where the recording has them.
+      tokens_per_request: Length of synthetic requests; recorded ones have their own.
+    """
+    if requests.test is None:
+        assert requests.workload is not None
+        return make_trace(
+            WORKLOADS[requests.workload],
+            num_requests=-(-num_tokens // tokens_per_request),
+            tokens_per_request=tokens_per_request,
+            seed=(requests.seed + run) % 2**32,
+        )
+    order = np.random.default_rng([requests.seed, run]).permutation(requests.test.num_requests)
+    length = np.diff(requests.test.request_start)[order]
+    enough = np.searchsorted(np.cumsum(length), num_tokens) + 1
+    return select_requests(requests.test, order[:enough])
+
+
+def batch_lookahead(
+    trace: Trace, batch_size: int, num_steps: int
+) -> UInt[np.ndarray, "steps layers ahead width"] | None:
+    """What the next gates say of every place, all best guesses first; None if not recorded."""
+    if trace.lookahead is None:
+        return None
+    tokens = batch_tokens(trace, batch_size, num_steps=num_steps)
+    said = np.asarray(trace.lookahead)[np.maximum(tokens, 0)]
+    said[tokens < 0] = not_computed(trace.lookahead)
+    steps, places, layers, ahead, width = said.shape
+    return said.transpose(0, 2, 3, 4, 1).reshape(steps, layers, ahead, width * places)
