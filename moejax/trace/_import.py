@@ -8,7 +8,7 @@ from moejax.errors import BadFileError, UsageError
 
 from ._import_npz import read_npz
 from ._import_rows import read_csv, read_jsonl
-from ._trace import Trace
+from ._trace import MAX_EXPERTS, Trace
 from ._validate import naming, validate_trace
 
 _SNIFFED_BYTES = 4096
@@ -47,8 +47,8 @@ def import_trace(
       UsageError: `num_experts` is out of range.
       BadFileError: The file is unreadable, of none of these formats, or inconsistent.
     """
-    if num_experts is not None and not 1 <= num_experts <= 65534:
-        raise UsageError(f"{num_experts} experts are not between 1 and 65534")
+    if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
+        raise UsageError(f"{num_experts} experts are not between 1 and {MAX_EXPERTS}")
     path = Path(path)
     reader = {"npz": read_npz, "jsonl": read_jsonl, "csv": read_csv}[_format(path)]
     with naming(path):

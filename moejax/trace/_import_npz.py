@@ -1,12 +1,13 @@
 """Routing arrays in an `.npz` archive."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from moejax.errors import BadFileError
 
-from ._trace import Trace, expert_dtype, not_computed
+from ._trace import MAX_EXPERTS, Trace, expert_dtype, not_computed
 
 # Unpacked, all arrays that are read; the largest recording known unpacks to 0.4 GB.
 _MAX_UNPACKED_BYTES = 2**33
@@ -32,7 +33,7 @@ def read_npz(
         raise BadFileError(f"expert_ids has shape {list(ids.shape)}: nothing in it")
     if num_experts is None and "num_experts" in arrays:
         stored = _checked("num_experts", arrays["num_experts"], "iu").ravel()
-        if stored.size != 1 or not 1 <= stored[0] <= 65534:
+        if stored.size != 1 or not 1 <= stored[0] <= MAX_EXPERTS:
             raise BadFileError(f"num_experts = {stored[:3]} is no number of experts")
         num_experts = int(stored[0])
     experts, num_experts, warnings = _read_experts(ids, num_experts)
@@ -110,7 +111,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _checked(name: str, array: np.ndarray, kinds: str, ndim: int | None = None):
+def _checked(name: str, array: np.ndarray, kinds: str, ndim: int | None = None) -> np.ndarray:
     if array.dtype.kind not in kinds or (ndim is not None and array.ndim != ndim):
         raise BadFileError(f"{name} is {array.dtype} of shape {list(array.shape)}")
     return array
@@ -142,8 +143,10 @@ def _read_experts(
             f"expert_ids holds {largest}, but there are {num_experts} experts",
             "Give the right --num-experts or --model.",
         )
-    if num_experts > 65534:
-        raise BadFileError(f"expert_ids holds {largest}; at most 65534 experts are allowed")
+    if num_experts > MAX_EXPERTS:
+        raise BadFileError(
+            f"expert_ids holds {largest}, but at most {MAX_EXPERTS} experts are allowed"
+        )
     experts = np.empty(ids.shape, expert_dtype(num_experts))
     start = 0
     for block in _blocks(ids):
@@ -173,7 +176,7 @@ def _to_integers(name: str, array: np.ndarray | None, dtype: np.dtype) -> np.nda
     return array.astype(dtype)
 
 
-def _blocks(ids: np.ndarray):
+def _blocks(ids: np.ndarray) -> Iterator[np.ndarray]:
     rows = max(1, _BLOCK_IDS // ids[:1].size)
     for start in range(0, ids.shape[0], rows):
         yield ids[start : start + rows]

@@ -13,7 +13,7 @@ import numpy as np
 from moejax.errors import BadFileError
 
 from ._import_npz import guessed_warning, is_descending
-from ._trace import Trace, expert_dtype, not_computed
+from ._trace import MAX_EXPERTS, Trace, expert_dtype, not_computed
 
 _SPELLINGS = {
     "token": ("token", "token_idx", "step"),
@@ -60,7 +60,7 @@ def read_csv(
     if num_experts is None and stated:
         num_experts = int(stated[1])
     if model is None and named:
-        model = PureWindowsPath(named[1]).stem
+        model = PureWindowsPath(named[1]).name.removesuffix(".gguf")
     expert_bytes = {int(layer): int(size) for layer, size in _EXPERT_BYTES.findall(about)}
     return _from_rows(rows, model, num_experts, source, licence, expert_bytes)
 
@@ -134,8 +134,8 @@ def _from_rows(
     largest = int(whole["expert"].max())
     warnings = () if num_experts is not None else (guessed_warning(largest + 1),)
     num_experts = largest + 1 if num_experts is None else num_experts
-    if not largest < num_experts <= 65534:
-        _fail(f"expert {largest} is not one of {num_experts} (at most 65534)")
+    if not largest < num_experts <= MAX_EXPERTS:
+        _fail(f"expert {largest} is not one of {num_experts} (at most {MAX_EXPERTS})")
     experts = np.full(shape, not_computed(np.empty(0, expert_dtype(num_experts))), np.int64)
     experts[token[order], layer[order], place] = whole["expert"][order]
     experts = experts.astype(expert_dtype(num_experts))

@@ -1,5 +1,6 @@
 """What a trace looks like: reuse, popularity and how far layers predict each other."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,7 +169,7 @@ def _evenly(experts: np.ndarray) -> np.ndarray:
     return experts[np.linspace(0, experts.shape[0] - 1, most).astype(np.int64)]
 
 
-def _blocks(experts: np.ndarray):
+def _blocks(experts: np.ndarray) -> Iterator[np.ndarray]:
     rows = max(1, _BLOCK_IDS // experts[:1].size)
     for start in range(0, experts.shape[0], rows):
         yield experts[start : start + rows]

@@ -8,6 +8,9 @@ from jaxtyping import Float16, Int32, Int64, UInt, UInt8
 
 from moejax.errors import BadFileError
 
+MAX_EXPERTS = np.iinfo(np.uint16).max - 1
+"""Sixteen bits hold this many expert numbers and one for "not computed"."""
+
 _HASH_BLOCK_BYTES = 2**24
 
 

@@ -49,8 +49,6 @@ def naming(path: Path) -> Iterator[None]:
 
 def _check_requests(trace: Trace) -> None:
     start = trace.request_start
-    if start.ndim != 1 or start.shape[0] < 2:
-        raise BadFileError(f"request_start has shape {list(start.shape)}, needs 2 or more")
     if start[0] != 0 or start[-1] != trace.num_tokens or np.any(start[1:] < start[:-1]):
         raise BadFileError(f"request_start does not rise from 0 to {trace.num_tokens} tokens")
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,29 @@ def test_every_card_is_usable(name):
 def test_hub_id_of_a_card_needs_no_download():
     assert load_model("Qwen/Qwen1.5-MoE-A2.7B").name == "qwen1.5-moe-a2.7b"
     assert load_model("qwen/qwen1.5-moe-a2.7b").name == "qwen1.5-moe-a2.7b"
+
+
+def test_download_is_the_last_resort(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(_CONFIG))
+    asked = []
+
+    def download(hub_id, file):
+        asked.append((hub_id, file))
+        if hub_id == "Nobody/Nothing":
+            raise ConnectionError
+        return str(tmp_path / file)
+
+    hub = types.SimpleNamespace(hf_hub_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    spec = load_model("Somebody/Some-MoE", offline=False)
+    assert (spec.name, spec.hub_id, spec.num_experts) == ("Some-MoE", "Somebody/Some-MoE", 8)
+    with pytest.raises(UsageError, match="ConnectionError"):
+        load_model("Nobody/Nothing", offline=False)
+    load_model("Qwen/Qwen3-30B-A3B", offline=False)
+    assert asked == [("Somebody/Some-MoE", "config.json"), ("Nobody/Nothing", "config.json")]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match="not installed"):
+        load_model("Somebody/Some-MoE", offline=False)
 
 
 def test_config_file_and_checkpoint_folder(tmp_path):
