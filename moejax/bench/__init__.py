@@ -3,10 +3,10 @@
 from ._grid import GridSettings as GridSettings
 from ._grid import run_grid as run_grid
 from ._grid import simulate_lanes as simulate_lanes
-from ._grid import slots_of as slots_of
 from ._grid import summarise as summarise
 from ._measure import measure_machine as measure_machine
 from ._requests import Requests as Requests
+from ._requests import batch_lookahead as batch_lookahead
 from ._requests import check_shape as check_shape
 from ._requests import draw_run as draw_run
 from ._requests import learn as learn

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from moejax.bench._requests import Requests, batch_lookahead, draw_run
 from moejax.cards import Hardware, ModelSpec
 from moejax.cost import LayerClock, layer_clock
-from moejax.simulate import Record, Replay, replay, timeline
+from moejax.simulate import Record, Replay, by_target, replay, timeline
 from moejax.strategies import STRATEGIES, Profile, Strategy
 from moejax.trace import Trace, batch_trace
 
@@ -158,7 +158,7 @@ def summarise(
     )
     num_steps = settings.num_steps
     latency_s = (counted.compute_s + counted.stall_s).sum(-1)
-    num_prefetches = _by_target(counted.num_prefetches)
+    num_prefetches = by_target(counted.num_prefetches)
     num_fetched = counted.num_misses - counted.num_on_host + num_prefetches
     wasted = num_prefetches.sum(0) - counted.num_useful.sum(0)
     demands = counted.num_demands.sum()
@@ -254,18 +254,3 @@ def _stack(trees: Sequence[Any]) -> Any:
 def _counted_steps(leaf: np.ndarray, places: int, settings: GridSettings) -> np.ndarray:
     by_place = leaf.reshape(places, -1, *leaf.shape[1:])
     return by_place[:, settings.num_warmup_steps :].sum(0)
-
-
-def _by_target(num_prefetches: np.ndarray) -> np.ndarray:
-    """[steps, layers, depth] by issuing layer -> [steps, layers] by the layer aimed at."""
-    ahead = range(num_prefetches.shape[-1])
-    rolled = [np.roll(num_prefetches[..., d], d + 1, axis=1) for d in ahead]
-    return np.sum(rolled, axis=0) if rolled else num_prefetches.sum(-1)
-
-
-def slots_of(total: int, num_layers: int) -> tuple[int, ...]:
-    """The same slots for every layer, what is left over to the first ones."""
-    each, left = divmod(total, num_layers)
-    return tuple(each + (layer < left) for layer in range(num_layers))
-
-

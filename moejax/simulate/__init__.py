@@ -1,5 +1,6 @@
 """The two simulators: exact ranks without a clock, and the timeline with one."""
 
+from moejax.simulate._capacity import slots_within as slots_within
 from moejax.simulate._hit_curve import HitCurve as HitCurve
 from moejax.simulate._hit_curve import hit_curve as hit_curve
 from moejax.simulate._hit_curve import lru_hit_curve as lru_hit_curve
@@ -9,5 +10,8 @@ from moejax.simulate._ranks import Marks as Marks
 from moejax.simulate._ranks import ranks as ranks
 from moejax.simulate._replay import Replay as Replay
 from moejax.simulate._replay import replay as replay
+from moejax.simulate._sweep import by_target as by_target
+from moejax.simulate._sweep import sweep as sweep
+from moejax.simulate._sweep import sweep_pool as sweep_pool
 from moejax.simulate._timeline import Record as Record
 from moejax.simulate._timeline import timeline as timeline

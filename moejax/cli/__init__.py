@@ -1,0 +1,3 @@
+"""The command line: one file a command; whatever is slow to import is imported inside it."""
+
+from ._app import main as main

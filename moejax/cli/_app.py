@@ -1,0 +1,146 @@
+"""The `moejax` program: its commands, and how it ends when something goes wrong."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+import moejax
+from moejax.errors import BackendError, MoejaxError, UsageError
+
+from . import trace
+from ._options import EXIT_CODES
+from ._settings import load_settings
+from .env import env
+from .estimate import estimate
+from .fit import fit
+
+COMMANDS = (env, estimate, fit)
+GROUPS = (trace.app,)
+
+_SETTINGS = (
+    "A setting is taken from its option, else from MOEJAX_COMMAND_OPTION or MOEJAX_OPTION in the "
+    "environment, else from the command's table or the top of the configuration file, else the "
+    "default."
+)
+
+app = typer.Typer(
+    name="moejax",
+    help="Which experts of a mixture-of-experts model to keep on the GPU, and what that buys.",
+    epilog=f"{_SETTINGS}\n\n{EXIT_CODES}",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in COMMANDS:
+    app.command(epilog=EXIT_CODES)(_command)
+for _group in GROUPS:
+    app.add_typer(_group, epilog=EXIT_CODES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit code; nothing is raised to the caller.
+
+    Args:
+      argv: The arguments after the program's name; None takes those of the process.
+    """
+    try:
+        code = get_command(app).main(
+            args=None if argv is None else list(argv), prog_name="moejax", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except Exception as error:
+        if os.environ.get("MOEJAX_DEBUG"):
+            traceback.print_exc()
+        failure = _as_failure(error)
+        _print_failure(failure)
+        return failure.exit_code
+    return code if isinstance(code, int) else 0
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    config: Annotated[
+        str,
+        typer.Option(
+            envvar="MOEJAX_CONFIG",
+            metavar="FILE",
+            help="Configuration file; without it moejax.toml of the working folder, if any.",
+        ),
+    ] = "",
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if version:
+        print(f"moejax {moejax.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        # With rich the help prints itself and the text is empty.
+        print(context.get_help(), end="")
+        raise typer.Exit
+    context.default_map = load_settings(context.command, config or None, os.environ)
+
+
+def _as_failure(error: Exception) -> MoejaxError:
+    if isinstance(error, MoejaxError):
+        return error
+    if _is_usage_error(error):
+        return _from_usage_error(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return BackendError(
+            f"out of memory: {_first_line(error) or 'the host refused an allocation'}",
+            "Take fewer batch sizes, runs or slots at a time, or add --quick.",
+        )
+    if _is_backend_error(error):
+        return BackendError(
+            f"the JAX backend failed: {_first_line(error)}",
+            "Look at `moejax env`; JAX_PLATFORMS=cpu runs without the accelerator.",
+        )
+    return MoejaxError(
+        f"{type(error).__name__}: {_first_line(error)}",
+        "This should not happen. Set MOEJAX_DEBUG=1 and run again to see where it did.",
+    )
+
+
+def _is_usage_error(error: Exception) -> bool:
+    # Known by shape, not by class: newer typer carries its own copy of click.
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+def _from_usage_error(error: Any) -> MoejaxError:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "moejax"
+    cause = " ".join(error.format_message().split()).rstrip(".")
+    return UsageError(cause[:1].lower() + cause[1:], f"`{command} --help` lists what it takes.")
+
+
+def _is_backend_error(error: Exception) -> bool:
+    is_from_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return is_from_xla or "Unable to initialize backend" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _print_failure(failure: MoejaxError) -> None:
+    is_coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    error = typer.style("error", fg="red", bold=True) if is_coloured else "error"
+    hint = typer.style("hint", fg="cyan", bold=True) if is_coloured else "hint"
+    print(f"{error}: {failure.cause}", file=sys.stderr)
+    if failure.hint:
+        print(f"\n{hint}: {failure.hint}", file=sys.stderr)

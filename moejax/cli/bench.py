@@ -1,0 +1,246 @@
+"""`moejax bench`: the study's experiment, and this machine measured beside it."""
+
+import datetime
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moejax.errors import BadFileError, UsageError
+from moejax.units import parse_bytes
+
+from ._options import (
+    DEFAULT_HARDWARE,
+    DEFAULT_MODEL,
+    HardwareOption,
+    ModelOption,
+    OfflineOption,
+    OutOption,
+    OutputOption,
+    QuickOption,
+    SeedOption,
+    TraceOption,
+    WorkloadOption,
+    parse_ints,
+    parse_names,
+)
+from ._output import OutputFormat, emit
+from ._progress import say, show_progress
+
+if TYPE_CHECKING:
+    from moejax.cards import ModelSpec
+    from moejax.trace import Trace
+
+REPORTS = Path("reports")
+
+_STUDY = "on_demand,oracle,multi_look,top_k,intelligent"
+_NUM_RUNS, _QUICK_RUNS = 10, 3
+_NUM_STEPS, _QUICK_STEPS = 128, 48
+
+
+class Dispatch(enum.StrEnum):
+    """How the requests of a batch share a step."""
+
+    batched = "batched"
+    sequential = "sequential"
+    both = "both"
+
+
+def bench(
+    model: ModelOption = DEFAULT_MODEL,
+    hardware: HardwareOption = DEFAULT_HARDWARE,
+    trace: TraceOption = None,
+    workload: WorkloadOption = None,
+    strategies: Annotated[
+        str, typer.Option("--strategies", metavar="NAMES", help="Strategies, with commas.")
+    ] = _STUDY,
+    batch_sizes: Annotated[
+        str, typer.Option("--batch-sizes", metavar="NUMBERS", help="Batch sizes, with commas.")
+    ] = "1,2,4,8,16",
+    runs: Annotated[
+        int | None,
+        typer.Option("--runs", min=1, help=f"Draws of requests; {_NUM_RUNS}, quick {_QUICK_RUNS}."),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", min=0, help="Device slots of a layer; default: half the experts."),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="SIZE", help="Device bytes for slots, such as 2GB.")
+    ] = "",
+    dispatch: Annotated[
+        Dispatch,
+        typer.Option("--dispatch", help="Requests in lockstep, one after another, or both."),
+    ] = Dispatch.batched,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time this machine's copies and compute.")
+    ] = True,
+    quick: QuickOption = False,
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    offline: OfflineOption = False,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Run strategies x batch sizes x runs on the simulator and write results.json.
+
+    Times are simulated with a hardware profile; a run is another draw of requests and strategy
+    seed, never added noise; all strategies have the same slots. By default this machine's copies
+    and expert compute are measured as well.
+
+    Example: moejax bench --out reports/first --quick
+    """
+    from moejax.bench import GridSettings, run_bench
+    from moejax.cards import load_hardware, load_model
+    from moejax.results import write_json
+    from moejax.strategies import STRATEGIES
+    from moejax.trace import load_trace
+    from moejax.workloads import default_workload
+
+    names = parse_names(strategies, "--strategies", tuple(STRATEGIES))
+    sizes = parse_ints(batch_sizes, "--batch-sizes", minimum=1, maximum=255)
+    if trace is not None and workload is not None:
+        raise UsageError("--trace and --workload exclude each other", "Give one of them.")
+    recorded = None if trace is None else load_trace(trace)
+    spec = load_model(_model_name(model, recorded, workload), offline=offline)
+    profile = load_hardware(hardware)
+    _check_lookahead(names, recorded)
+    settings = GridSettings(
+        strategies=names,
+        batch_sizes=sizes,
+        num_runs=runs or (_QUICK_RUNS if quick else _NUM_RUNS),
+        slots=_slots(slots, budget, spec, recorded),
+        dispatches=("batched", "sequential") if dispatch is Dispatch.both else (dispatch.value,),
+        num_steps=_QUICK_STEPS if quick else _NUM_STEPS,
+        seed=seed,
+    )
+    folder = out or _new_folder(spec.name)
+    _check_writable(folder)
+    with show_progress("bench") as progress:
+        results = run_bench(
+            settings,
+            spec,
+            profile,
+            trace=recorded,
+            workload=workload or _workload_of(spec, default_workload),
+            measure=measure,
+            quick=quick,
+            progress=progress,
+        )
+    if measure:
+        _fit_this_machine(folder, results)
+    path = folder / "results.json"
+    write_json(path, results)
+    say(f"wrote {path} ({len(results['grid'])} points); next: moejax report {folder}")
+    say(f"times are simulated with the profile {profile.name}: {profile.title}")
+    if results["trace"]["workload"]:
+        say(f"routing is synthetic: the workload {results['trace']['workload']!r}, calibrated")
+    emit(_means(results["grid"]), output)
+
+
+def _model_name(model: str, trace: "Trace | None", workload: str | None) -> str:
+    """The trace's own model, unless another was named."""
+    from moejax.workloads import WORKLOADS
+
+    if model != DEFAULT_MODEL:
+        return model
+    if trace is not None:
+        return trace.model or model
+    return WORKLOADS[workload].model if workload in WORKLOADS else model
+
+
+def _workload_of(spec: "ModelSpec", default: str) -> str:
+    from moejax.workloads import WORKLOADS
+
+    own = [name for name, workload in WORKLOADS.items() if workload.model == spec.name]
+    return default if default in own else next(iter(own), default)
+
+
+def _check_lookahead(names: tuple[str, ...], trace: "Trace | None") -> None:
+    from moejax.strategies import STRATEGIES
+
+    readers = [name for name in names if STRATEGIES[name].needs_lookahead]
+    if readers and trace is not None and trace.lookahead is None:
+        raise UsageError(
+            f"{readers[0]} needs a trace with `lookahead` and this one has none",
+            "Record one that has, or leave the strategy out.",
+        )
+
+
+def _slots(
+    slots: int | None, budget: str, spec: "ModelSpec", trace: "Trace | None"
+) -> tuple[int, ...]:
+    from moejax.simulate import slots_within
+
+    if slots is not None and budget:
+        raise UsageError("--slots and --budget exclude each other", "Give one of them.")
+    layers, experts = spec.num_moe_layers, spec.num_experts
+    if budget:
+        sizes = [spec.expert_bytes] * layers
+        if trace is not None and trace.expert_bytes is not None:
+            sizes = [int(size) for size in trace.expert_bytes]
+        return slots_within(parse_bytes(budget), sizes, experts)
+    if slots is not None and slots > experts:
+        raise UsageError(
+            f"--slots {slots} exceeds the {experts} experts of a layer of {spec.name}",
+            f"Give at most {experts}.",
+        )
+    return (experts // 2 if slots is None else slots,) * layers
+
+
+def _new_folder(model: str) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return REPORTS / f"bench-{model}-{stamp}"
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be written before minutes of work go into it."""
+    import os
+
+    if folder.exists() and not folder.is_dir():
+        raise BadFileError(f"{folder} is a file", "Name a folder with --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFileError(
+            f"cannot make the folder {folder}: {error.strerror}", "Name another with --out."
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise BadFileError(f"the folder {folder} is read-only", "Name another with --out.")
+
+
+def _fit_this_machine(folder: Path, results: dict[str, Any]) -> None:
+    """Fits a profile to what was measured here and stores it beside the results."""
+    from moejax.cost import fit_profile, format_profile
+    from moejax.results import write_text
+
+    device = results["environment"]["device"]
+    measured = results["measured"]
+    fitted = fit_profile(
+        [*measured["transfer"], *measured["compute"]],
+        name="this-machine",
+        title=f"measured on {device} by moejax bench",
+    )
+    write_text(folder / "this-machine.toml", format_profile(fitted))
+    say(f"wrote {folder / 'this-machine.toml'}: a profile measured on {device}")
+
+
+def _means(grid: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a strategy, batch size and dispatch: means over runs."""
+    rows = []
+    points = dict.fromkeys((r["strategy"], r["batch_size"], r["dispatch"]) for r in grid)
+    for name, size, dispatch in points:
+        runs = [
+            r for r in grid if (r["strategy"], r["batch_size"], r["dispatch"]) == (name, size, dispatch)
+        ]
+        mean = {
+            key: sum(run[key] for run in runs) / len(runs)
+            for key in ("hit_ratio", "fetched_bytes", "wasted_bytes", "stall_s", "memory_bytes")
+        }
+        latency_s = sum(run["latency_s"]["mean"] for run in runs) / len(runs)
+        rows.append(
+            {"strategy": name, "batch_size": size, "dispatch": dispatch, "num_runs": len(runs)}
+            | {"latency_s": latency_s}
+            | mean
+        )
+    return rows

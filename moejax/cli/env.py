@@ -1,0 +1,24 @@
+"""`moejax env`: what this installation has to work with."""
+
+from ._options import OutputOption
+from ._output import OutputFormat, emit
+
+
+def env(output: OutputOption = OutputFormat.table) -> None:
+    """Show the versions, the device, and the cards, profiles and workloads at hand.
+
+    Example: moejax env -o json
+    """
+    from moejax.cards import HARDWARE, MODELS
+    from moejax.results import capture_environment, to_plain
+    from moejax.strategies import STRATEGIES
+    from moejax.workloads import WORKLOADS
+
+    record = to_plain(capture_environment())
+    for field in ("argv", "seed"):
+        del record[field]
+    record["models"] = list(MODELS)
+    record["hardware"] = list(HARDWARE)
+    record["workloads"] = list(WORKLOADS)
+    record["strategies"] = list(STRATEGIES)
+    emit(record, output)

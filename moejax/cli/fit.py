@@ -1,0 +1,136 @@
+"""`moejax fit`: a hardware profile from measurements."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moejax.errors import BadFileError, UsageError
+from moejax.units import format_bytes, format_ratio
+
+from ._options import DEFAULT_HARDWARE
+from ._output import OutputFormat, emit
+from ._progress import say
+
+if TYPE_CHECKING:
+    from moejax.cards import Hardware
+    from moejax.cost import CsvFit
+
+_RUN_FILE = "results.json"
+
+
+def fit(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A CSV of copies, a run folder or its results.")
+    ],
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base", metavar="PROFILE", help="Profile that supplies what was not measured."
+        ),
+    ] = "",
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help="Card to fit, as the CSV spells it.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.toml", help="Where the profile goes.")
+    ] = None,
+    output: Annotated[
+        OutputFormat | None,
+        typer.Option(
+            "--output", "-o", help="Print the constants so; by default the profile if no --out."
+        ),
+    ] = None,
+) -> None:
+    """Fit a hardware profile to measured copies and compute.
+
+    SOURCE is a CSV with the columns of models/hardware/measurements/transfer.csv, of which one
+    rig is fitted with every third size held out, or what `moejax bench` measured on this machine.
+    The profile then works as `--hardware FILE.toml`.
+
+    Example: moejax fit reports/run-1 --out my-card.toml
+    """
+    from moejax.cards import load_hardware
+    from moejax.cost import fit_csv, fit_profile, format_profile
+    from moejax.results import write_text
+
+    if out is not None and out.suffix != ".toml":
+        raise UsageError(f"--out {out} is not a .toml file", "Profiles are read by that ending.")
+    name = out.stem if out is not None else None
+    if source.suffix == ".csv":
+        found = fit_csv(
+            source, gpu=gpu or None, base=load_hardware(base) if base else None, name=name
+        )
+        _say_evidence(found)
+        profile = found.hardware
+    elif gpu:
+        raise UsageError(f"--gpu {gpu!r} without a CSV", "A run holds one machine only.")
+    else:
+        measurements, device = _read_run(source)
+        profile = fit_profile(
+            measurements,
+            base=load_hardware(base or DEFAULT_HARDWARE),
+            name=name or "measured",
+            title=f"fitted to {len(measurements)} measurements on {device}",
+        )
+    text = format_profile(profile, header=f"Written by `moejax fit` from {source.name}.")
+    if out is not None:
+        write_text(out, text)
+        say(f"wrote {out}")
+    if out is None and output is None:
+        print(text, end="")
+    else:
+        columns = ("name", "value", "standard_error", "unit", "kind")
+        emit(_constants(profile), output or OutputFormat.table, columns=columns)
+
+
+def _read_run(source: Path) -> tuple[list[dict[str, Any]], str]:
+    from moejax.results import read_json
+
+    path = source / _RUN_FILE if source.is_dir() else source
+    results = read_json(path)
+    measured = results.get("measured") if isinstance(results, dict) else None
+    groups = [measured.get(kind) for kind in ("transfer", "compute")] if measured else []
+    if not all(isinstance(group, list) for group in groups) or not any(groups):
+        raise BadFileError(
+            f"{path} holds no measurements of a machine",
+            "Run `moejax bench` without --no-measure, or give a CSV file.",
+        )
+    records = [record for group in groups for record in group]
+    if not all(isinstance(record, dict) for record in records):
+        raise BadFileError(f"{path}: a measurement is not an object", "Run `moejax bench` again.")
+    environment = results.get("environment")
+    device = environment.get("device") if isinstance(environment, dict) else None
+    return records, str(device or "an unnamed device")
+
+
+def _constants(profile: "Hardware") -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "value": constant.value,
+            "standard_error": constant.standard_error,
+            "unit": constant.unit,
+            "kind": constant.kind,
+            "source": constant.source,
+        }
+        for name, constant in profile.constants.items()
+    ]
+
+
+def _say_evidence(found: "CsvFit") -> None:
+    rows = found.copy.rows
+    say(f"fitted {len(rows)} copy sizes of {found.gpu} on {found.rig} ({found.time_domain} times)")
+    held_out = sorted(found.copy.held_out_error_ratios)
+    if held_out:
+        say(
+            f"held-out sizes: median error {format_ratio(held_out[len(held_out) // 2])}, "
+            f"largest {format_ratio(held_out[-1])}"
+        )
+    for check in found.checks:
+        size = format_bytes(check.row.num_bytes) if check.row.num_bytes else "large"
+        say(
+            f"outside check, {size} on {check.row.rig} ({check.row.time_domain} times): "
+            f"{format_bytes(check.row.bytes_per_s)}/s quoted, "
+            f"{format_bytes(check.predicted_bytes_per_s)}/s predicted ({check.error_ratio:+.1%})"
+        )

@@ -1,0 +1,157 @@
+"""`moejax trace`: getting routing traces, and looking at them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moejax.errors import UsageError
+
+from ._options import EXIT_CODES, OfflineOption, OutputOption, SeedOption
+from ._output import OutputFormat, emit
+from ._progress import say
+
+if TYPE_CHECKING:
+    from moejax.trace import Trace
+
+app = typer.Typer(name="trace", help="Import, make and inspect routing traces.")
+
+_SUFFIX = ".safetensors"
+
+
+@app.command("import", epilog=EXIT_CODES)
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Recorded routing: npz, route CSV or JSON lines.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE.safetensors", help="Where the trace goes; default: beside FILE."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="Model whose routing it is.")
+    ] = "",
+    num_experts: Annotated[
+        int | None,
+        typer.Option("--num-experts", min=1, help="Experts of a layer, if the file does not say."),
+    ] = None,
+    origin: Annotated[
+        str, typer.Option("--source", metavar="TEXT", help="Where the recording comes from.")
+    ] = "",
+    licence: Annotated[
+        str, typer.Option("--licence", metavar="TEXT", help="Its licence, carried along.")
+    ] = "",
+    offline: OfflineOption = False,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Turn recorded routing into a trace file.
+
+    FILE is an .npz with `expert_ids` [tokens, layers, topk] and optionally `offsets`, `phase`,
+    `gate_weight`, `token_id`; a CSV with a line per token, layer and expert; or JSON lines with
+    `token_idx`, `layer_idx`, `selected_ids`. 255 or -1 stands for an expert not computed.
+
+    Example: moejax trace import routing.npz --model gpt-oss-20b --out gpt-oss.safetensors
+    """
+    from moejax.cards import load_model
+    from moejax.trace import import_trace, save_trace
+
+    target = _target(out or source.with_suffix(_SUFFIX))
+    spec = load_model(model, offline=offline) if model else None
+    if num_experts is None and spec is not None:
+        num_experts = spec.num_experts
+    trace = import_trace(
+        source,
+        model=spec.name if spec is not None else None,
+        num_experts=num_experts,
+        source=origin,
+        licence=licence,
+    )
+    save_trace(trace, target)
+    _say_warnings(trace)
+    emit({"file": str(target), **_summary(trace)}, output)
+
+
+@app.command(epilog=EXIT_CODES)
+def make(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.safetensors", help="Where the trace goes.")
+    ],
+    workload: Annotated[
+        str, typer.Option("--workload", metavar="NAME", help="Synthetic routing to draw from.")
+    ] = "qwen1.5-moe",
+    num_requests: Annotated[int, typer.Option("--requests", min=1, help="Requests to draw.")] = 16,
+    tokens_per_request: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens of each request.")
+    ] = 256,
+    seed: SeedOption = 0,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Draw a synthetic trace whose statistics are calibrated to published ones.
+
+    Example: moejax trace make --workload qwen1.5-moe --requests 8 --out synthetic.safetensors
+    """
+    from moejax.trace import save_trace
+    from moejax.workloads import WORKLOADS, make_trace
+
+    target = _target(out)
+    if workload not in WORKLOADS:
+        raise UsageError(
+            f"--workload: {workload!r} is not known", f"Known: {', '.join(WORKLOADS)}."
+        )
+    trace = make_trace(
+        WORKLOADS[workload],
+        num_requests=num_requests,
+        tokens_per_request=tokens_per_request,
+        seed=seed,
+    )
+    save_trace(trace, target)
+    emit({"file": str(target), **_summary(trace)}, output)
+
+
+@app.command(epilog=EXIT_CODES)
+def info(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A trace file.")],
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Show a trace's shape, source and statistics: reuse, Gini, next-layer recall.
+
+    Example: moejax trace info gpt-oss.safetensors -o json
+    """
+    from moejax.results import to_plain
+    from moejax.trace import load_trace, statistics
+
+    trace = load_trace(source)
+    record = {"file": str(source), **_summary(trace), **to_plain(statistics(trace))}
+    _say_warnings(trace)
+    # Values per layer are for programs; a person reads the averages.
+    columns = [key for key in record if not key.startswith("per_layer_")]
+    emit(record, output, columns=columns)
+
+
+def _target(path: Path) -> Path:
+    if path.suffix != _SUFFIX:
+        raise UsageError(f"--out {path} is not a {_SUFFIX} file", "Traces have that ending.")
+    return path
+
+
+def _summary(trace: "Trace") -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "num_tokens": trace.num_tokens,
+        "num_layers": trace.num_layers,
+        "topk": trace.topk,
+        "num_experts": trace.num_experts,
+        "num_requests": trace.num_requests,
+        "num_decode_tokens": None if trace.phase is None else int((trace.phase == 1).sum()),
+    }
+    optional = ("phase", "routing_weights", "token_ids", "lookahead", "expert_bytes")
+    record["also_holds"] = [name for name in optional if getattr(trace, name) is not None]
+    for name in ("is_router_order", "model", "source", "licence", "workload", "sha256"):
+        record[name] = getattr(trace, name)
+    return record
+
+
+def _say_warnings(trace: "Trace") -> None:
+    for warning in trace.warnings:
+        say(f"warning: {warning}")

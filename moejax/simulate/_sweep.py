@@ -1,0 +1,142 @@
+"""Strategies x capacities on one trace: counts, and times where a clock is given."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from moejax.cost import LayerClock
+from moejax.simulate._pool import pool
+from moejax.simulate._ranks import Counts, Marks, ranks
+from moejax.simulate._replay import Replay
+from moejax.simulate._timeline import Record, timeline
+from moejax.strategies import STRATEGIES, Profile, Strategy
+
+Progress = Callable[[int, int, str], None]
+
+
+def sweep(
+    strategies: Sequence[str],
+    lane: Replay,
+    capacities: Int[np.ndarray, "capacities layers"],
+    *,
+    topk: int,
+    marks: Marks,
+    profile: Profile | None = None,
+    clock: LayerClock | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Replays one trace for every strategy and capacity, each layer with its own slots.
+
+    Counts are those of demand fetching alone; with a clock, the timeline adds the times, and the
+    hits and bytes with prefetch.
+
+    Returns:
+      One record a strategy and capacity, in that order.
+    """
+    records = []
+    for done, name in enumerate(strategies):
+        strategy = STRATEGIES[name].make(profile)
+        key = jax.random.key(seed)
+        counts = ranks(strategy, lane, capacities.T, key, topk=topk, marks=marks)
+        found = [counted(name, counts, i, "layer") for i in range(len(capacities))]
+        if clock is not None:
+            times = _timed(strategy, lane, clock, capacities, key, topk)
+            found = [one | timed for one, timed in zip(found, times, strict=True)]
+        records += found
+        if progress is not None:
+            progress(done + 1, len(strategies), name)
+    return records
+
+
+def sweep_pool(
+    strategies: Sequence[str],
+    lane: Replay,
+    capacities: Int[np.ndarray, "capacities"],
+    *,
+    topk: int,
+    marks: Marks,
+    weight: Int[np.ndarray, "layers"] | None = None,
+    profile: Profile | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """The same with one pool for all layers; capacities are in units of `weight`, or slots."""
+    records = []
+    for done, name in enumerate(strategies):
+        strategy = STRATEGIES[name].make(profile)
+        key = jax.random.key(seed)
+        counts = pool(strategy, lane, capacities, key, topk=topk, weight=weight, marks=marks)
+        records += [counted(name, counts, i, "pool") for i in range(len(capacities))]
+        if progress is not None:
+            progress(done + 1, len(strategies), name)
+    return records
+
+
+def counted(name: str, counts: Counts, index: int, scope: str) -> dict[str, Any]:
+    """The record of one strategy at one capacity."""
+    num_hits, num_demands = counts.num_hits[:, index], int(counts.num_demands.sum())
+    record = {
+        "strategy": name,
+        "scope": scope,
+        "hit_ratio": float(counts.hit_ratio[index]),
+        "hit_ratio_warm": float(counts.hit_ratio_warm[index]),
+        "num_hits": int(num_hits.sum()),
+        "num_loads": num_demands - int(num_hits.sum()),
+        "per_layer_hit_ratio": (num_hits / np.maximum(1, counts.num_demands)).tolist(),
+    }
+    if 0 < counts.num_decode_demands.sum() < num_demands:
+        hits = counts.num_decode_hits[:, index].sum()
+        record["decode_hit_ratio"] = float(hits / counts.num_decode_demands.sum())
+    return record
+
+
+def _timed(
+    strategy: Strategy, lane: Replay, clock: LayerClock, capacities, key, topk: int
+) -> list[dict[str, float]]:
+    lane = jax.tree.map(jnp.asarray, lane)
+    record = jax.device_get(_mapped(strategy, topk)(lane, clock, jnp.asarray(capacities), key))
+    size, copy_s = np.asarray(clock.expert_bytes, np.float64), np.asarray(clock.copy_s, np.float64)
+    return [
+        _means(jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i], np.float64), record), size, copy_s)
+        for i in range(len(capacities))
+    ]
+
+
+@functools.cache
+def _mapped(strategy: Strategy, topk: int):
+    def one(lane, clock, capacity, key):
+        return timeline(strategy, lane, clock, capacity, key, topk=topk)
+
+    return jax.jit(jax.vmap(one, in_axes=(None, None, 0, None)))
+
+
+def _means(record: Record, size, copy_s) -> dict[str, float]:
+    num_steps, demands = len(record.num_hits), max(1.0, record.num_demands.sum())
+    latency_s = (record.compute_s + record.stall_s).sum(-1)
+    num_prefetches = by_target(record.num_prefetches)
+    num_fetched = record.num_misses - record.num_on_host + num_prefetches
+    wasted = num_prefetches.sum(0) - record.num_useful.sum(0)
+    return {
+        "step_latency_s": float(latency_s.mean()),
+        "p99_latency_s": float(np.percentile(latency_s, 99)),
+        "compute_s": float(record.compute_s.sum() / num_steps),
+        "transfer_s": float((num_fetched @ copy_s).sum() / num_steps),
+        "stall_s": float(record.stall_s.sum() / num_steps),
+        "timed_hit_ratio": float(record.num_hits.sum() / demands),
+        "late_ratio": float(record.num_late.sum() / demands),
+        "fetched_bytes": float((num_fetched @ size).sum() / num_steps),
+        "wasted_bytes": float(wasted @ size / num_steps),
+    }
+
+
+def by_target(num_prefetches: np.ndarray) -> np.ndarray:
+    """[steps, layers, depth] by issuing layer -> [steps, layers] by the layer aimed at."""
+    depth = num_prefetches.shape[-1]
+    rolled = [np.roll(num_prefetches[..., d], d + 1, axis=1) for d in range(depth)]
+    return np.sum(rolled, axis=0) if rolled else num_prefetches.sum(-1)

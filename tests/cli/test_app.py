@@ -1,0 +1,178 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import moejax
+from moejax import cli
+from moejax.cli import _app
+from moejax.errors import BackendError, BadFileError, InfeasibleBudgetError, UsageError
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes `moejax fail` raise what is given, through the real program."""
+
+    def install(error: BaseException) -> None:
+        app = typer.Typer(pretty_exceptions_enable=False)
+        app.callback()(lambda: None)
+
+        @app.command()
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr(_app, "app", app)
+
+    return install
+
+
+class JaxRuntimeError(RuntimeError):
+    """Named as JAX names what comes out of XLA."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UsageError("0 runs", "Give 1."), 2, "error: 0 runs\n\nhint: Give 1.\n"),
+        (InfeasibleBudgetError("too small", "17MB."), 3, "error: too small\n\nhint: 17MB.\n"),
+        (BadFileError("cut off"), 4, "error: cut off\n"),
+        (BackendError("no GPU", "Use a CPU."), 5, "error: no GPU\n\nhint: Use a CPU.\n"),
+    ],
+)
+def test_each_kind_of_mistake_has_its_code(failing, capsys, error, code, text):
+    failing(error)
+    assert cli.main(["fail"]) == code
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", text)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (MemoryError(), 5, "out of memory"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nmore"), 5, "out of memory: RESOURCE_EXH"),
+        (JaxRuntimeError("INTERNAL: broken\nmore"), 5, "backend failed: INTERNAL: broken\n"),
+        (RuntimeError("Unable to initialize backend 'cuda'"), 5, "backend failed: Unable"),
+        (KeyError("x"), 1, "KeyError: 'x'"),
+        (RecursionError(), 1, "RecursionError: "),
+    ],
+)
+def test_surprises_end_without_a_traceback(failing, capsys, error, code, text):
+    failing(error)
+    assert cli.main(["fail"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert text in err
+    assert "\n\nhint: " in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(failing, capsys, monkeypatch):
+    monkeypatch.setenv("MOEJAX_DEBUG", "1")
+    failing(KeyError("x"))
+    assert cli.main(["fail"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_with_130(failing, capsys):
+    failing(KeyboardInterrupt())
+    assert cli.main(["fail"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "cause"),
+    [
+        (["bogus"], "no such command 'bogus'"),
+        (["env", "--bogus"], "no such option: --bogus"),
+        (["env", "-o", "xml"], "'xml'"),
+        (["env", "surplus"], "surplus"),
+        (["estimate", "--batch-size", "0"], "--batch-size"),
+        (["estimate", "--batch-size", "many"], "--batch-size"),
+        (["estimate", "--model"], "--model"),
+        (["fit"], "SOURCE"),
+        (["trace"], "missing command"),
+        (["trace", "make"], "--out"),
+        (["trace", "make", "--out", "t.safetensors", "--seed", "-1"], "--seed"),
+        (["--config"], "--config"),
+    ],
+)
+def test_usage_errors_name_the_word_and_exit_2(capsys, argv, cause):
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, empty, hint = err.splitlines()
+    assert first.startswith("error: ")
+    assert cause in first
+    assert (empty, hint.split(": ")[0]) == ("", "hint")
+    assert "--help` lists" in hint
+
+
+COMMANDS = [["env"], ["estimate"], ["fit"], ["trace", "import"], ["trace", "make"]]
+COMMANDS += [["trace", "info"]]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_has_an_example_and_the_exit_codes(capsys, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main([*words, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert f"Example: moejax {' '.join(words)}" in out
+    assert "Exit codes: 0 ok" in out
+    assert err == ""
+
+
+def test_without_arguments_comes_the_help(capsys):
+    assert cli.main([]) == 0
+    out, err = capsys.readouterr()
+    assert "Usage: moejax" in out
+    assert all(word in out for word in ("env", "estimate", "fit", "trace", "Exit codes"))
+    assert err == ""
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(capsys, flag):
+    assert cli.main([flag]) == 0
+    assert capsys.readouterr() == (f"moejax {moejax.__version__}\n", "")
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "moejax.cli", *arguments]
+    return subprocess.run(command, env=environment, text=True, check=False, **options)
+
+
+def test_the_process_exits_with_the_code():
+    done = run("bogus", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = run("--version", stdout=write_end, stderr=subprocess.PIPE)
+    finally:
+        os.close(write_end)
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_is_offered(shell):
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "_MOEJAX_COMPLETE": f"source_{shell}"}
+    program = "import sys; from moejax.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "moejax" in done.stdout
