@@ -16,7 +16,8 @@ _RECORDED = Path(__file__).resolve().parents[2] / "shared" / "data" / "traces"
 def recorded_trace() -> Callable[[str], Path]:
     """Finds a recorded routing array by file name; the test is skipped where it is absent.
 
-    The recordings are other people's and are not shipped; `MOEJAX_RECORDED_TRACES` names the folder.
+    The recordings are other people's and are not shipped; `MOEJAX_RECORDED_TRACES` names their
+    folder.
     """
     folder = Path(os.environ.get("MOEJAX_RECORDED_TRACES", _RECORDED))
 

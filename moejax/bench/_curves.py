@@ -28,7 +28,9 @@ def hit_curves(
       is forgiven while a slot is free).
     """
     num_tokens = _NUM_SAMPLES * _SAMPLE_TOKENS
-    trace = draw_run(requests, 0, num_tokens, tokens_per_request=_SAMPLE_TOKENS)
+    trace = draw_run(
+        requests, 0, num_places=1, num_steps=num_tokens, tokens_per_request=_SAMPLE_TOKENS
+    )
     experts = np.asarray(trace.experts[:num_tokens])
     is_reset = np.zeros(len(experts), bool)
     is_reset[trace.request_start[trace.request_start < len(experts)]] = True

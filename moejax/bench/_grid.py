@@ -66,8 +66,11 @@ def run_grid(
     Returns:
       Records in the order strategy, batch size, run, batched before sequential.
     """
-    num_tokens = max(settings.batch_sizes) * _total_steps(settings)
-    draws = [draw_run(requests, run, num_tokens) for run in range(settings.num_runs)]
+    places, steps = max(settings.batch_sizes), _total_steps(settings)
+    draws = [
+        draw_run(requests, run, num_places=places, num_steps=steps)
+        for run in range(settings.num_runs)
+    ]
     records: dict[tuple, dict[str, Any]] = {}
     # Lanes of one length go together: all batch sizes when batched, each by itself in sequence.
     groups = [("batched", settings.batch_sizes)] if "batched" in settings.dispatches else []
@@ -88,7 +91,7 @@ def run_grid(
                 seeds=[settings.seed + run for _, run in points],
                 topk=model.num_experts_per_tok,
             )
-            for (size, run), lane, clock, result in zip(points, lanes, clocks, results, strict=True):
+            for (size, run), clock, result in zip(points, clocks, results, strict=True):
                 record = summarise(result, clock, settings, batch_size=size, dispatch=dispatch)
                 head = {"strategy": name, "batch_size": size, "run": run, "dispatch": dispatch}
                 records[name, size, run, dispatch] = head | record
@@ -201,7 +204,9 @@ def _lane(trace: Trace, batch_size: int, dispatch: str, settings: GridSettings) 
     said = batch_lookahead(trace, batch_size, num_steps)
     if dispatch == "sequential":
         experts = _one_place_after_another(experts, batch_size)
-        said = None if said is None else _one_place_after_another(said, batch_size)
+        if said is not None:
+            # [steps, layers, ahead, places, width], one place of each step at a time.
+            said = np.concatenate([said[..., [place], :] for place in range(batch_size)])
     return replay(experts, trace.num_experts, lookahead=said)
 
 

@@ -85,40 +85,47 @@ def learn(requests: Requests) -> Profile:
 def draw_run(
     requests: Requests,
     run: int,
-    num_tokens: int,
     *,
+    num_places: int,
+    num_steps: int,
     tokens_per_request: int = _TOKENS_PER_REQUEST,
 ) -> Trace:
-    """The requests of one run: another draw for another number.
+    """The requests of one run, enough to keep every place of a batch busy.
 
     Args:
       requests: Where to draw from.
-      run: Number of the run.
-      num_tokens: At least so many tokens, where the recording has them.
-      tokens_per_request: Length of synthetic requests; recorded ones have their own.
+      run: Number of the run: another number gives another draw.
+      num_places: Requests that decode at the same time.
+      num_steps: Steps for which no place may be empty.
+      tokens_per_request: Length of synthetic requests; recorded ones have their own. A recording
+        that is too short is drawn from again.
     """
     if requests.test is None:
         assert requests.workload is not None
         return make_trace(
             WORKLOADS[requests.workload],
-            num_requests=-(-num_tokens // tokens_per_request),
+            num_requests=num_places * -(-num_steps // tokens_per_request),
             tokens_per_request=tokens_per_request,
             seed=(requests.seed + run) % 2**32,
         )
-    order = np.random.default_rng([requests.seed, run]).permutation(requests.test.num_requests)
-    length = np.diff(requests.test.request_start)[order]
-    enough = np.searchsorted(np.cumsum(length), num_tokens) + 1
-    return select_requests(requests.test, order[:enough])
+    length = np.diff(requests.test.request_start)
+    # However requests fall to places, none runs dry before so many tokens have been handed out.
+    enough_tokens = num_places * (num_steps + int(length.max()))
+    rng = np.random.default_rng([requests.seed, run])
+    order = rng.permutation(len(length))
+    while length[order].sum() < enough_tokens:
+        order = np.concatenate([order, rng.permutation(len(length))])
+    num_drawn = int(np.searchsorted(np.cumsum(length[order]), enough_tokens)) + 1
+    return select_requests(requests.test, order[:num_drawn])
 
 
 def batch_lookahead(
     trace: Trace, batch_size: int, num_steps: int
-) -> UInt[np.ndarray, "steps layers ahead width"] | None:
-    """What the next gates say of every place, all best guesses first; None if not recorded."""
+) -> UInt[np.ndarray, "steps layers ahead places width"] | None:
+    """What the next gates say of every place, best guesses first; None if not recorded."""
     if trace.lookahead is None:
         return None
     tokens = batch_tokens(trace, batch_size, num_steps=num_steps)
     said = np.asarray(trace.lookahead)[np.maximum(tokens, 0)]
     said[tokens < 0] = not_computed(trace.lookahead)
-    steps, places, layers, ahead, width = said.shape
-    return said.transpose(0, 2, 3, 4, 1).reshape(steps, layers, ahead, width * places)
+    return np.moveaxis(said, 1, 3)

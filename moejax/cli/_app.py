@@ -15,11 +15,14 @@ from moejax.errors import BackendError, MoejaxError, UsageError
 from . import trace
 from ._options import EXIT_CODES
 from ._settings import load_settings
+from .bench import bench
 from .env import env
 from .estimate import estimate
 from .fit import fit
+from .simulate import simulate
+from .tune_cache import tune_cache
 
-COMMANDS = (env, estimate, fit)
+COMMANDS = (bench, tune_cache, simulate, estimate, fit, env)
 GROUPS = (trace.app,)
 
 _SETTINGS = (

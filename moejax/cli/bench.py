@@ -102,7 +102,7 @@ def bench(
     if trace is not None and workload is not None:
         raise UsageError("--trace and --workload exclude each other", "Give one of them.")
     recorded = None if trace is None else load_trace(trace)
-    spec = load_model(_model_name(model, recorded, workload), offline=offline)
+    spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
     _check_lookahead(names, recorded)
     settings = GridSettings(
@@ -122,7 +122,7 @@ def bench(
             spec,
             profile,
             trace=recorded,
-            workload=workload or _workload_of(spec, default_workload),
+            workload=workload or workload_of(spec, default_workload),
             measure=measure,
             quick=quick,
             progress=progress,
@@ -138,7 +138,7 @@ def bench(
     emit(_means(results["grid"]), output)
 
 
-def _model_name(model: str, trace: "Trace | None", workload: str | None) -> str:
+def model_name(model: str, trace: "Trace | None", workload: str | None) -> str:
     """The trace's own model, unless another was named."""
     from moejax.workloads import WORKLOADS
 
@@ -149,7 +149,8 @@ def _model_name(model: str, trace: "Trace | None", workload: str | None) -> str:
     return WORKLOADS[workload].model if workload in WORKLOADS else model
 
 
-def _workload_of(spec: "ModelSpec", default: str) -> str:
+def workload_of(spec: "ModelSpec", default: str) -> str:
+    """The workload that routes like this model; the default where there is none."""
     from moejax.workloads import WORKLOADS
 
     own = [name for name, workload in WORKLOADS.items() if workload.model == spec.name]
@@ -230,17 +231,12 @@ def _means(grid: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     points = dict.fromkeys((r["strategy"], r["batch_size"], r["dispatch"]) for r in grid)
     for name, size, dispatch in points:
-        runs = [
-            r for r in grid if (r["strategy"], r["batch_size"], r["dispatch"]) == (name, size, dispatch)
-        ]
+        head = {"strategy": name, "batch_size": size, "dispatch": dispatch}
+        runs = [run for run in grid if head.items() <= run.items()]
         mean = {
             key: sum(run[key] for run in runs) / len(runs)
             for key in ("hit_ratio", "fetched_bytes", "wasted_bytes", "stall_s", "memory_bytes")
         }
         latency_s = sum(run["latency_s"]["mean"] for run in runs) / len(runs)
-        rows.append(
-            {"strategy": name, "batch_size": size, "dispatch": dispatch, "num_runs": len(runs)}
-            | {"latency_s": latency_s}
-            | mean
-        )
+        rows.append(head | {"num_runs": len(runs), "latency_s": latency_s} | mean)
     return rows

@@ -69,7 +69,9 @@ def simulate(
     ] = False,
     profile: Annotated[
         Path | None,
-        typer.Option("--profile", metavar="FILE", help="Trace to learn from; not the one replayed."),
+        typer.Option(
+            "--profile", metavar="FILE", help="Trace to learn from, not the replayed one."
+        ),
     ] = None,
     hardware: Annotated[
         str | None,

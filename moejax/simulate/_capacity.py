@@ -10,7 +10,7 @@ from moejax.units import format_bytes
 
 
 def slots_within(
-    budget_bytes: int, expert_bytes: Sequence[int] | Int[np.ndarray, "layers"], num_experts: int
+    budget_bytes: int, expert_bytes: Sequence[int] | Int[np.ndarray, " layers"], num_experts: int
 ) -> tuple[int, ...]:
     """The most even slots per layer whose experts fit a budget.
 

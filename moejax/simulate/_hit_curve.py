@@ -22,20 +22,27 @@ class HitCurve(NamedTuple):
 
     Attributes:
       num_hits: Hits of each layer; the index is the number of slots.
+      num_forgiven: First touches while a slot was free.
       num_demands: Distinct experts demanded of each layer.
       num_steps: Steps replayed.
       step_misses: Misses of each step and layer, for percentiles; None unless asked for.
     """
 
     num_hits: Int[np.ndarray, "layers slots"]
-    num_demands: Int[np.ndarray, "layers"]
+    num_forgiven: Int[np.ndarray, "layers slots"]
+    num_demands: Int[np.ndarray, " layers"]
     num_steps: int
     step_misses: Int[np.ndarray, "steps layers slots"] | None = None
 
     @property
     def hit_ratio(self) -> Float[np.ndarray, "layers slots"]:
-        """Hits over demands of each layer."""
+        """Hits over demands of each layer: every load is a miss."""
         return self.num_hits / np.maximum(1, self.num_demands)[:, None]
+
+    @property
+    def hit_ratio_warm(self) -> Float[np.ndarray, "layers slots"]:
+        """The same with cold misses forgiven: what a long run tends to."""
+        return (self.num_hits + self.num_forgiven) / np.maximum(1, self.num_demands)[:, None]
 
 
 def hit_curve(
@@ -59,7 +66,7 @@ def hit_curve(
     """
     slots = np.arange(num_experts + 1)
     counts = ranks(strategy, replay(experts, num_experts), slots, key, topk=topk, marks=marks)
-    return HitCurve(counts.num_hits, counts.num_demands, len(experts))
+    return HitCurve(counts.num_hits, counts.num_forgiven, counts.num_demands, len(experts))
 
 
 def lru_hit_curve(
@@ -101,7 +108,9 @@ def lru_hit_curve(
         found = np.concatenate(kept)[-keep_steps:].astype(np.int32)
         below = np.pad(found[..., :-1].cumsum(-1), ((0, 0), (0, 0), (1, 0)))
         step_misses = found.sum(-1, keepdims=True) - below
-    return HitCurve(hits, histogram.sum(1), num_steps, step_misses)
+    # The cache fills with first touches, one a slot.
+    forgiven = np.minimum(np.arange(num_experts + 1)[None], histogram[:, -1:])
+    return HitCurve(hits, forgiven, histogram.sum(1), num_steps, step_misses)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

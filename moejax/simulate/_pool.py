@@ -19,11 +19,11 @@ _BLOCK_STEPS = 64
 def pool(
     strategy: Strategy,
     replay: Replay,
-    capacities: Int[np.ndarray, "capacities"],
+    capacities: Int[np.ndarray, " capacities"],
     key: PRNGKey,
     *,
     topk: int,
-    weight: Int[np.ndarray, "layers"] | None = None,
+    weight: Int[np.ndarray, " layers"] | None = None,
     marks: Marks | None = None,
 ) -> Counts:
     """Replays routing through one pool for all layers, without a clock.
@@ -136,11 +136,11 @@ def _run_block(strategy, shape, resets, carry, block, marks, units, limits, key)
 
 
 def fitting_prefix(
-    score: Float[Array, "experts"],
-    candidates: Bool[Array, "experts"],
-    weight: Int[Array, "experts"],
+    score: Float[Array, " experts"],
+    candidates: Bool[Array, " experts"],
+    weight: Int[Array, " experts"],
     capacity: Int[Array, ""],
-) -> Bool[Array, "experts"]:
+) -> Bool[Array, " experts"]:
     """The longest prefix of the candidates, best first, whose weight fits.
 
     Ties go to the lower index. Finds the lowest score whose better candidates all fit by
@@ -164,7 +164,7 @@ def fitting_prefix(
     return (candidates & above) | filling
 
 
-def _sortable(score: Float[Array, "experts"]) -> Array:
+def _sortable(score: Float[Array, " experts"]) -> Array:
     """Unsigned integers in the order of the scores."""
     # Adding zero turns -0.0 into 0.0, which compares equal and must look equal.
     bits = jax.lax.bitcast_convert_type(score + 0.0, jnp.uint32)

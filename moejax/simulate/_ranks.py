@@ -44,8 +44,8 @@ class Counts(NamedTuple):
     num_hits: Int[np.ndarray, "layers capacities"]
     num_forgiven: Int[np.ndarray, "layers capacities"]
     num_decode_hits: Int[np.ndarray, "layers capacities"]
-    num_demands: Int[np.ndarray, "layers"]
-    num_decode_demands: Int[np.ndarray, "layers"]
+    num_demands: Int[np.ndarray, " layers"]
+    num_decode_demands: Int[np.ndarray, " layers"]
 
     @property
     def hit_ratio(self) -> np.ndarray:
@@ -66,8 +66,8 @@ class Marks(NamedTuple):
       is_reset: Steps before which the cache and the strategy start afresh.
     """
 
-    is_decode: Bool[np.ndarray, "steps"]
-    is_reset: Bool[np.ndarray, "steps"]
+    is_decode: Bool[np.ndarray, " steps"]
+    is_reset: Bool[np.ndarray, " steps"]
 
 
 def ranks(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from moejax.strategies import Access, CacheShape, Future
 from moejax.trace import demand_counts, next_use
@@ -20,12 +20,13 @@ class Replay(NamedTuple):
       demand: Tokens that demand each expert.
       next_use: Step of the next demand of each expert after this step, `NEVER` if none; None
         where no oracle looks.
-      lookahead: Ids the gates of the next layers name, best first; None where unknown.
+      lookahead: How high the gates of the next layers rank each expert, in 255ths: 255 for the
+        best, 0 for one not named; None where unknown.
     """
 
     demand: Shaped[np.ndarray | Array, "*lanes steps layers experts"]
     next_use: Int[np.ndarray | Array, "*lanes steps layers experts"] | None = None
-    lookahead: Shaped[np.ndarray | Array, "*lanes steps layers ahead width"] | None = None
+    lookahead: UInt8[np.ndarray | Array, "*lanes steps layers depth experts"] | None = None
 
 
 def replay(
@@ -33,15 +34,38 @@ def replay(
     num_experts: int,
     *,
     with_future: bool = True,
-    lookahead: Shaped[np.ndarray, "steps layers ahead width"] | None = None,
+    lookahead: Shaped[np.ndarray, "steps layers ahead places width"] | None = None,
 ) -> Replay:
-    """Prepares batched routing, as `batch_trace` gives it, for the simulators."""
+    """Prepares batched routing, as `batch_trace` gives it, for the simulators.
+
+    Args:
+      experts: Demanded ids.
+      num_experts: Experts a layer.
+      with_future: Whether to find each next use, which only the oracle reads.
+      lookahead: Ids that the gates of the next layers name for each place, best first.
+    """
     demand = demand_counts(experts, num_experts)
     coming = None
     if with_future:
         coming = next_use(demand)
         coming[coming == len(demand)] = NEVER
-    return Replay(demand, coming, lookahead)
+    return Replay(demand, coming, None if lookahead is None else _ranked(lookahead, num_experts))
+
+
+def _ranked(
+    lookahead: Shaped[np.ndarray, "steps layers ahead places width"], num_experts: int
+) -> UInt8[np.ndarray, "steps layers depth experts"]:
+    """The highest rank any place gives each expert, in 255ths."""
+    depth = min(MAX_DEPTH, lookahead.shape[1] - 1)
+    named = np.minimum(lookahead[:, :, :depth], num_experts).astype(np.intp)
+    *lanes, places, width = named.shape
+    said = np.zeros((*lanes, num_experts + 1), np.uint8)
+    # Worst ranks first, so that the best one an expert gets is what stays.
+    for rank in reversed(range(width)):
+        for place in range(places):
+            value = np.uint8(255 - 255 * rank // width)
+            np.put_along_axis(said, named[..., place, rank, None], value, axis=-1)
+    return said[..., :num_experts]
 
 
 def cache_shape(demand: Shaped[Array, "steps layers experts"], topk: int) -> CacheShape:
@@ -65,7 +89,7 @@ class Moment(NamedTuple):
     now: Int[Array, "layers experts"]
     after: Int[Array, "layers experts"]
     next_use: Int[Array, "2 layers experts"] | None
-    lookahead: Shaped[Array, "layers ahead width"] | None
+    lookahead: UInt8[Array, "layers depth experts"] | None
 
 
 def moments(replay: Replay, start: int = 0, stop: int | None = None) -> Moment:
@@ -86,7 +110,7 @@ def moments(replay: Replay, start: int = 0, stop: int | None = None) -> Moment:
         now=demand[1:-1],
         after=demand[2:],
         next_use=coming,
-        lookahead=None if said is None else _rows(said, start, stop, np.iinfo(said.dtype).max),
+        lookahead=None if said is None else _rows(said, start, stop, 0),
     )
 
 
@@ -103,7 +127,7 @@ def access_at(
     layer: Int[Array, ""],
     shape: CacheShape,
     resident: Shaped[Array, "layers experts"],
-    capacity: Int[Array, "layers"],
+    capacity: Int[Array, " layers"],
 ) -> Access:
     """The event of one layer as a strategy may see it."""
     layers, depth = shape.num_layers, shape.depth
@@ -140,8 +164,4 @@ def _future(moment: Moment, rows, layer, shape: CacheShape) -> Future:
 def _said(moment: Moment, layer, shape: CacheShape) -> Float[Array, "depth experts"]:
     if moment.lookahead is None:
         return jnp.zeros((shape.depth, shape.num_experts), jnp.float32)
-    named = moment.lookahead[layer, : shape.depth]
-    width = named.shape[-1]
-    value = 1.0 - jnp.arange(width, dtype=jnp.float32) / width
-    is_named = named[..., None] == jnp.arange(shape.num_experts, dtype=named.dtype)[None, None, :]
-    return (is_named * value[None, :, None]).max(1)
+    return moment.lookahead[layer, : shape.depth].astype(jnp.float32) / 255

@@ -57,11 +57,11 @@ def sweep(
 def sweep_pool(
     strategies: Sequence[str],
     lane: Replay,
-    capacities: Int[np.ndarray, "capacities"],
+    capacities: Int[np.ndarray, " capacities"],
     *,
     topk: int,
     marks: Marks,
-    weight: Int[np.ndarray, "layers"] | None = None,
+    weight: Int[np.ndarray, " layers"] | None = None,
     profile: Profile | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -102,10 +102,11 @@ def _timed(
     lane = jax.tree.map(jnp.asarray, lane)
     record = jax.device_get(_mapped(strategy, topk)(lane, clock, jnp.asarray(capacities), key))
     size, copy_s = np.asarray(clock.expert_bytes, np.float64), np.asarray(clock.copy_s, np.float64)
-    return [
-        _means(jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i], np.float64), record), size, copy_s)
+    lanes = [
+        jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i], np.float64), record)
         for i in range(len(capacities))
     ]
+    return [_means(one, size, copy_s) for one in lanes]
 
 
 @functools.cache

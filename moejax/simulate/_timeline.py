@@ -12,8 +12,7 @@ so nothing loses precision however long the run. For each event:
    next demand is known, each only if the stall it is expected to save exceeds its price.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +77,7 @@ def timeline(
     strategy: Strategy,
     replay: Replay,
     clock: LayerClock,
-    capacity: Int[Array, "layers"],
+    capacity: Int[Array, " layers"],
     key: PRNGKey,
     *,
     topk: int,
@@ -216,7 +215,7 @@ def _compute_s(clock: LayerClock, layer, demand, chosen) -> Float[Array, ""]:
     return expert_compute_s(read_s, token_s, chosen.sum(), num_tokens)
 
 
-def _cheaper_on_host(miss, busy_s, copy_s, host_s) -> Bool[Array, "experts"]:
+def _cheaper_on_host(miss, busy_s, copy_s, host_s) -> Bool[Array, " experts"]:
     """The misses left to the host when link and host share them so that both end together."""
     num_misses = miss.sum()
     num_copied = jnp.round((num_misses * host_s - busy_s) / (copy_s + host_s))
@@ -230,10 +229,10 @@ class _Queue(NamedTuple):
     score: Float[Array, "depth experts"]
     fresh: Bool[Array, "depth experts"]
     link_free_s: Float[Array, ""]
-    num_issued: Int[Array, "depth"]
-    last: Int[Array, "2"]
+    num_issued: Int[Array, " depth"]
+    last: Int[Array, " 2"]
     gain: Float[Array, ""]
-    choice: Int[Array, "2"]
+    choice: Int[Array, " 2"]
     victim: Int[Array, ""]
 
 
@@ -245,7 +244,7 @@ def _prefetch(
     shape: CacheShape,
     gap_s: Float[Array, ""],
     fixed_prefetches: int | None,
-) -> tuple[_Cache, Int[Array, "depth"]]:
+) -> tuple[_Cache, Int[Array, " depth"]]:
     """Issues the prefetches that start before the next demand is known and pay for themselves."""
     ahead = (access.layer + 1 + jnp.arange(shape.depth)) % shape.num_layers
     copy_s = clock.copy_s[ahead]
@@ -261,9 +260,7 @@ def _prefetch(
         # A full layer whose worst expert is itself a waiting prefetch has no room.
         has_room = ~is_full | (queue.score[rows, victim] < jnp.inf)
         has_room = has_room & (access.capacity_ahead > 0)
-        gain = price(
-            probability, lost[:, None], copy_s[:, None], queue.link_free_s, gap_s
-        )
+        gain = price(probability, lost[:, None], copy_s[:, None], queue.link_free_s, gap_s)
         wanted = ~queue.resident & has_room[:, None] & (probability > 0)
         gain = jnp.where(wanted, gain, -jnp.inf)
         best = jnp.argmax(gain)

@@ -41,7 +41,7 @@ class Future(NamedTuple):
       next_use_ahead: `next_use` as it will stand just after those layers' events.
     """
 
-    next_use: Int[Array, "experts"]
+    next_use: Int[Array, " experts"]
     demand_ahead: Int[Array, "depth experts"]
     next_use_ahead: Int[Array, "depth experts"]
 
@@ -67,13 +67,13 @@ class Access(NamedTuple):
 
     event: Int[Array, ""]
     layer: Int[Array, ""]
-    demand: Int[Array, "experts"]
-    above: Int[Array, "experts"]
+    demand: Int[Array, " experts"]
+    above: Int[Array, " experts"]
     below_before: Int[Array, "depth experts"]
-    resident: Bool[Array, "experts"]
+    resident: Bool[Array, " experts"]
     resident_ahead: Bool[Array, "depth experts"]
     capacity: Int[Array, ""]
-    capacity_ahead: Int[Array, "depth"]
+    capacity_ahead: Int[Array, " depth"]
     lookahead: Float[Array, "depth experts"]
     future: Future
 
@@ -89,8 +89,8 @@ class Decision(NamedTuple):
         stall it is expected to save exceeds the link time it is expected to cost.
     """
 
-    keep_score: Real[Array, "experts"]
-    admit: Bool[Array, "experts"] | None = None
+    keep_score: Real[Array, " experts"]
+    admit: Bool[Array, " experts"] | None = None
     prefetch_probability: Float[Array, "depth experts"] | None = None
 
 

@@ -16,7 +16,7 @@ DEFAULT_WEIGHTS = (0.3, 0.2, 0.3, 0.6, 0.4, 0.5)
 
 def intelligent(
     profile: Profile | None = None,
-    weights: Float[Array, "features"] | tuple[float, ...] | None = None,
+    weights: Float[Array, " features"] | tuple[float, ...] | None = None,
 ) -> Strategy:
     """Keeps and prefetches by predicted reuse, learned online (the study's strategy E).
 

@@ -29,7 +29,7 @@ class Profile(NamedTuple):
     num_uses: Float[np.ndarray, "layers experts"]
     transition: Float[np.ndarray, "layers depth experts experts"]
     successor: Float[np.ndarray, "layers experts experts"]
-    reuse_weights: Float[np.ndarray, "features"] | None = None
+    reuse_weights: Float[np.ndarray, " features"] | None = None
 
 
 def count_profile(trace: Trace, *, depth: int = 3, max_tokens: int = 20_000) -> Profile:

@@ -46,7 +46,7 @@ class ReuseState(NamedTuple):
 
 def reuse(
     profile: Profile | None,
-    weights: Float[Array, "features"] | tuple[float, ...] = LRU_WEIGHTS,
+    weights: Float[Array, " features"] | tuple[float, ...] = LRU_WEIGHTS,
     *,
     online: bool = True,
 ) -> Strategy:
@@ -89,7 +89,7 @@ def reuse(
 
 def learn_reuse_weights(
     trace: Trace, *, horizon_steps: int | None = None
-) -> Float[np.ndarray, "features"]:
+) -> Float[np.ndarray, " features"]:
     """Fits the feature weights by logistic regression on a profile trace.
 
     The label of (step, layer, expert) is whether the expert is demanded again within
@@ -134,9 +134,7 @@ def _observe(state: ReuseState, access: "Access | _DemandOnly", online: bool) ->
     )
 
 
-def _features(
-    state: ReuseState, event: Int[Array, ""]
-) -> Float[Array, "features experts"]:
+def _features(state: ReuseState, event: Int[Array, ""]) -> Float[Array, "features experts"]:
     """Rows as named in `FEATURES`, each about one unit wide."""
     never = state.last_use < 0
     idle = jnp.where(never, 1e6, (event - state.last_use).astype(jnp.float32))
@@ -153,7 +151,7 @@ def _features(
     )
 
 
-def _fit(demand, label, shape: CacheShape) -> Float[Array, "features"]:
+def _fit(demand, label, shape: CacheShape) -> Float[Array, " features"]:
     num_steps = len(label)
     start = reuse(None).init(shape)
 
@@ -200,4 +198,4 @@ class _DemandOnly(NamedTuple):
     """The part of an `Access` that the features read."""
 
     event: Int[Array, ""]
-    demand: Int[Array, "experts"]
+    demand: Int[Array, " experts"]

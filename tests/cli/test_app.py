@@ -142,7 +142,7 @@ def test_version(capsys, flag):
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "moejax.cli", *arguments]
+    command = [sys.executable, "-m", "moejax", *arguments]
     return subprocess.run(command, env=environment, text=True, check=False, **options)
 
 

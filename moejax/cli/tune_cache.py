@@ -1,0 +1,199 @@
+"""`moejax tune-cache`: how many slots each layer gets in each memory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moejax.errors import UsageError
+from moejax.units import format_bytes, format_ratio, format_seconds, parse_bytes
+
+from ._options import (
+    DEFAULT_HARDWARE,
+    DEFAULT_MODEL,
+    HardwareOption,
+    ModelOption,
+    OfflineOption,
+    OutOption,
+    OutputOption,
+    SeedOption,
+    TraceOption,
+    WorkloadOption,
+)
+from ._output import OutputFormat, emit
+from ._progress import say
+from .bench import model_name, workload_of
+from .simulate import open_routing
+
+if TYPE_CHECKING:
+    from moejax.simulate import HitCurve
+    from moejax.trace import Trace
+    from moejax.tune import Plan
+
+_SAMPLE_STEPS = 256
+_MAX_STEPS = 4096
+
+
+def tune_cache(
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="SIZE", help="Device bytes, such as 2GB or 2GiB.")
+    ],
+    model: ModelOption = DEFAULT_MODEL,
+    hardware: HardwareOption = DEFAULT_HARDWARE,
+    trace: TraceOption = None,
+    workload: WorkloadOption = None,
+    strategy: Annotated[
+        str, typer.Option("--strategy", metavar="NAME", help="Retention to tune for.")
+    ] = "lru",
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="NAME", help="latency, p99 or bytes.")
+    ] = "latency",
+    pinned_budget: Annotated[
+        str, typer.Option("--pinned-budget", metavar="SIZE", help="Pinned host bytes for slots.")
+    ] = "8GB",
+    host_budget: Annotated[
+        str, typer.Option("--host-budget", metavar="SIZE", help="Pageable host bytes for slots.")
+    ] = "32GB",
+    include_dense: Annotated[
+        bool,
+        typer.Option(
+            "--include-dense", help="Dense weights, KV cache and workspace share the budget."
+        ),
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=255, help="Requests decoded in lockstep.")
+    ] = 1,
+    context_tokens: Annotated[
+        int, typer.Option("--context-tokens", min=1, help="Tokens in each request's KV cache.")
+    ] = 512,
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    offline: OfflineOption = False,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Size the cache tiers of every layer for a budget and predict what that buys.
+
+    Latencies are predicted by the cost model of a hardware profile from exact hit curves of the
+    trace or workload. The plan is never worse than the same slots for every layer, and its gap to
+    the exact optimum is printed with it. --out FILE.json stores it.
+
+    Example: moejax tune-cache --budget 2GB
+    """
+    from moejax.cards import load_hardware, load_model
+    from moejax.results import write_json
+    from moejax.strategies import STRATEGIES
+    from moejax.trace import load_trace, statistics
+    from moejax.tune import OBJECTIVES, tier_problem, tune
+    from moejax.workloads import default_workload
+
+    if objective not in OBJECTIVES:
+        raise UsageError(
+            f"--objective: {objective!r} is not known", f"Known: {', '.join(OBJECTIVES)}."
+        )
+    if strategy not in STRATEGIES:
+        raise UsageError(
+            f"--strategy: {strategy!r} is not known", f"Known: {', '.join(STRATEGIES)}."
+        )
+    budgets = [parse_bytes(size) for size in (budget, pinned_budget, host_budget)]
+    recorded = None if trace is None else load_trace(trace)
+    spec = load_model(model_name(model, recorded, workload), offline=offline)
+    profile = load_hardware(hardware)
+    if recorded is None:
+        workload = workload or workload_of(spec, default_workload)
+        recorded = open_routing(None, workload, seed)
+    from moejax.bench import check_shape
+
+    check_shape(recorded, spec)
+    curve = _curve(recorded, strategy, batch_size, seed)
+    recall = statistics(recorded).next_layer_recall_ratio or 0.0
+    problem = tier_problem(
+        profile,
+        spec,
+        curve.hit_ratio_warm,
+        curve.num_demands / curve.num_steps,
+        budget_bytes=budgets[0],
+        pinned_budget_bytes=budgets[1],
+        host_budget_bytes=budgets[2],
+        strategy=strategy,
+        batch_size=batch_size,
+        context_tokens=context_tokens,
+        expert_bytes=None if recorded.expert_bytes is None else recorded.expert_bytes.tolist(),
+        include_dense=include_dense,
+        recall_ratio=recall,
+        sample_misses=curve.step_misses,
+    )
+    plan = tune(problem, objective=objective, seed=seed)
+    record = plan.to_json() | {
+        "workload": recorded.workload,
+        "trace": str(trace) if trace is not None else None,
+    }
+    if out is not None:
+        write_json(_json_file(out), record)
+        say(f"wrote {out}")
+    say(f"predicted with the profile {profile.name}: {profile.title}")
+    if recorded.workload:
+        say(f"routing is synthetic: the workload {recorded.workload!r}")
+    if output is OutputFormat.table:
+        _show(plan, profile.title)
+    else:
+        emit(record, output)
+
+
+def _curve(trace: "Trace", strategy: str, batch_size: int, seed: int) -> "HitCurve":
+    import jax
+
+    from moejax.simulate import hit_curve, lru_hit_curve
+    from moejax.strategies import STRATEGIES, learn_profile
+    from moejax.trace import batch_trace, split_profile
+
+    kind = STRATEGIES[strategy]
+    if strategy == "lru":
+        experts = batch_trace(trace, batch_size, num_steps=_MAX_STEPS)
+        return lru_hit_curve(experts, trace.num_experts, keep_steps=_SAMPLE_STEPS)
+    profile, test = split_profile(trace, 0.3)
+    learned = learn_profile(profile) if kind.needs_profile or kind.prefetches else None
+    experts = batch_trace(test, batch_size, num_steps=_MAX_STEPS // 4)
+    made = kind.make(learned)
+    return hit_curve(made, experts, trace.num_experts, jax.random.key(seed), topk=trace.topk)
+
+
+def _json_file(path: Path) -> Path:
+    if path.suffix != ".json":
+        raise UsageError(f"--out {path} is not a .json file", "Plans are stored as JSON.")
+    return path
+
+
+def _show(plan: "Plan", hardware: str) -> None:
+    """The plan for people: what to set, then what it buys."""
+    rows = [
+        {
+            "tier": tier.name,
+            "memory": tier.memory,
+            "capacity_bytes": tier.capacity_bytes,
+            "slots": sum(tier.experts_per_layer),
+            "slots_per_layer": _span(tier.experts_per_layer),
+        }
+        for tier in plan.tiers
+    ]
+    emit(rows, OutputFormat.table, title=f"{plan.model}, {plan.strategy}, on {hardware}")
+    gain = plan.gain_over_uniform_ratio
+    lines = {
+        "step latency": format_seconds(plan.step_latency_s),
+        "same slots for every layer": format_seconds(plan.uniform_step_latency_s),
+        "gain over that": format_ratio(gain),
+        "hit ratio": format_ratio(plan.hit_ratio),
+        "fetched a step": format_bytes(plan.fetched_bytes),
+        "above the exact optimum by at most": format_ratio(plan.optimum_gap_ratio),
+        "next 100 MB on the device": format_seconds(plan.marginal_s_per_100mb),
+        "used of the budget": f"{format_bytes(plan.used_bytes)} of "
+        f"{format_bytes(plan.budget_bytes)}",
+    }
+    for name, value in lines.items():
+        print(f"{name:36} {value}")
+    for warning in plan.warnings:
+        print(f"note: {warning}")
+
+
+def _span(slots: tuple[int, ...]) -> str:
+    low, high = min(slots), max(slots)
+    return str(low) if low == high else f"{low} to {high}: {' '.join(map(str, slots))}"
