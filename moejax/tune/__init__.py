@@ -1,0 +1,16 @@
+"""The tuner: how many slots each layer gets in each memory tier, and what that is worth.
+
+`tier_problem` states the question from a hit curve and a hardware profile, `tune` answers it with
+a `Plan`.
+"""
+
+from ._plan import OBJECTIVES as OBJECTIVES
+from ._plan import Plan as Plan
+from ._plan import TierPlan as TierPlan
+from ._plan import tune as tune
+from ._problem import TierNumbers as TierNumbers
+from ._problem import TierProblem as TierProblem
+from ._problem import tier_problem as tier_problem
+from ._step import Prediction as Prediction
+from ._step import Split as Split
+from ._step import predict as predict
