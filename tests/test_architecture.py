@@ -39,6 +39,7 @@ FLOORS = {
     "bench": 4,
     "report": 4,
     "cli": 5,
+    "__main__": 6,
 }
 # Within floor 0: errors know nothing, units raise errors.
 ALLOWED_SIDEWAYS = {("units", "errors")}

@@ -19,10 +19,11 @@ from .bench import bench
 from .env import env
 from .estimate import estimate
 from .fit import fit
+from .report import report
 from .simulate import simulate
 from .tune_cache import tune_cache
 
-COMMANDS = (bench, tune_cache, simulate, estimate, fit, env)
+COMMANDS = (bench, tune_cache, report, simulate, estimate, fit, env)
 GROUPS = (trace.app,)
 
 _SETTINGS = (

@@ -27,6 +27,8 @@ from ._options import (
 )
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
+from ._tuning import make_plan
+from .simulate import open_routing
 
 if TYPE_CHECKING:
     from moejax.cards import ModelSpec
@@ -95,7 +97,6 @@ def bench(
     from moejax.results import write_json
     from moejax.strategies import STRATEGIES
     from moejax.trace import load_trace
-    from moejax.workloads import default_workload
 
     names = parse_names(strategies, "--strategies", tuple(STRATEGIES))
     sizes = parse_ints(batch_sizes, "--batch-sizes", minimum=1, maximum=255)
@@ -104,6 +105,7 @@ def bench(
     recorded = None if trace is None else load_trace(trace)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
+    workload = workload or workload_of(spec)
     _check_lookahead(names, recorded)
     settings = GridSettings(
         strategies=names,
@@ -114,7 +116,7 @@ def bench(
         num_steps=_QUICK_STEPS if quick else _NUM_STEPS,
         seed=seed,
     )
-    folder = out or _new_folder(spec.name)
+    folder = out or new_folder()
     _check_writable(folder)
     with show_progress("bench") as progress:
         results = run_bench(
@@ -122,13 +124,19 @@ def bench(
             spec,
             profile,
             trace=recorded,
-            workload=workload or workload_of(spec, default_workload),
+            workload=workload,
             measure=measure,
             quick=quick,
             progress=progress,
         )
+        progress(0, 1, "tuning tiers")
+        device_bytes = results["grid"][0]["capacity_bytes"]
+        routing = recorded or open_routing(None, workload, seed)
+        plan = make_plan(routing, spec, profile, device_bytes, seed=seed) if device_bytes else None
     if measure:
         _fit_this_machine(folder, results)
+    if plan is not None:
+        write_json(folder / "plan.json", plan.to_json())
     path = folder / "results.json"
     write_json(path, results)
     say(f"wrote {path} ({len(results['grid'])} points); next: moejax report {folder}")
@@ -149,12 +157,12 @@ def model_name(model: str, trace: "Trace | None", workload: str | None) -> str:
     return WORKLOADS[workload].model if workload in WORKLOADS else model
 
 
-def workload_of(spec: "ModelSpec", default: str) -> str:
-    """The workload that routes like this model; the default where there is none."""
-    from moejax.workloads import WORKLOADS
+def workload_of(spec: "ModelSpec") -> str:
+    """The first workload that routes like this model; the default where there is none."""
+    from moejax.workloads import WORKLOADS, default_workload
 
     own = [name for name, workload in WORKLOADS.items() if workload.model == spec.name]
-    return default if default in own else next(iter(own), default)
+    return own[0] if own else default_workload
 
 
 def _check_lookahead(names: tuple[str, ...], trace: "Trace | None") -> None:
@@ -189,9 +197,9 @@ def _slots(
     return (experts // 2 if slots is None else slots,) * layers
 
 
-def _new_folder(model: str) -> Path:
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return REPORTS / f"bench-{model}-{stamp}"
+def new_folder() -> Path:
+    """A folder under reports/ that no other run has."""
+    return REPORTS / f"run-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _check_writable(folder: Path) -> None:

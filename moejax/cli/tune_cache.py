@@ -22,16 +22,12 @@ from ._options import (
 )
 from ._output import OutputFormat, emit
 from ._progress import say
+from ._tuning import DEFAULT_HOST, DEFAULT_PINNED, make_plan
 from .bench import model_name, workload_of
 from .simulate import open_routing
 
 if TYPE_CHECKING:
-    from moejax.simulate import HitCurve
-    from moejax.trace import Trace
     from moejax.tune import Plan
-
-_SAMPLE_STEPS = 256
-_MAX_STEPS = 4096
 
 
 def tune_cache(
@@ -50,10 +46,10 @@ def tune_cache(
     ] = "latency",
     pinned_budget: Annotated[
         str, typer.Option("--pinned-budget", metavar="SIZE", help="Pinned host bytes for slots.")
-    ] = "8GB",
+    ] = DEFAULT_PINNED,
     host_budget: Annotated[
         str, typer.Option("--host-budget", metavar="SIZE", help="Pageable host bytes for slots.")
-    ] = "32GB",
+    ] = DEFAULT_HOST,
     include_dense: Annotated[
         bool,
         typer.Option(
@@ -82,9 +78,8 @@ def tune_cache(
     from moejax.cards import load_hardware, load_model
     from moejax.results import write_json
     from moejax.strategies import STRATEGIES
-    from moejax.trace import load_trace, statistics
-    from moejax.tune import OBJECTIVES, tier_problem, tune
-    from moejax.workloads import default_workload
+    from moejax.trace import load_trace
+    from moejax.tune import OBJECTIVES
 
     if objective not in OBJECTIVES:
         raise UsageError(
@@ -98,63 +93,35 @@ def tune_cache(
     recorded = None if trace is None else load_trace(trace)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
-    if recorded is None:
-        workload = workload or workload_of(spec, default_workload)
-        recorded = open_routing(None, workload, seed)
-    from moejax.bench import check_shape
-
-    check_shape(recorded, spec)
-    curve = _curve(recorded, strategy, batch_size, seed)
-    recall = statistics(recorded).next_layer_recall_ratio or 0.0
-    problem = tier_problem(
-        profile,
+    routing = recorded or open_routing(None, workload or workload_of(spec), seed)
+    plan = make_plan(
+        routing,
         spec,
-        curve.hit_ratio_warm,
-        curve.num_demands / curve.num_steps,
-        budget_bytes=budgets[0],
+        profile,
+        budgets[0],
         pinned_budget_bytes=budgets[1],
         host_budget_bytes=budgets[2],
         strategy=strategy,
+        objective=objective,
         batch_size=batch_size,
         context_tokens=context_tokens,
-        expert_bytes=None if recorded.expert_bytes is None else recorded.expert_bytes.tolist(),
         include_dense=include_dense,
-        recall_ratio=recall,
-        sample_misses=curve.step_misses,
+        seed=seed,
     )
-    plan = tune(problem, objective=objective, seed=seed)
     record = plan.to_json() | {
-        "workload": recorded.workload,
+        "workload": routing.workload,
         "trace": str(trace) if trace is not None else None,
     }
     if out is not None:
         write_json(_json_file(out), record)
         say(f"wrote {out}")
     say(f"predicted with the profile {profile.name}: {profile.title}")
-    if recorded.workload:
-        say(f"routing is synthetic: the workload {recorded.workload!r}")
+    if routing.workload:
+        say(f"routing is synthetic: the workload {routing.workload!r}")
     if output is OutputFormat.table:
         _show(plan, profile.title)
     else:
         emit(record, output)
-
-
-def _curve(trace: "Trace", strategy: str, batch_size: int, seed: int) -> "HitCurve":
-    import jax
-
-    from moejax.simulate import hit_curve, lru_hit_curve
-    from moejax.strategies import STRATEGIES, learn_profile
-    from moejax.trace import batch_trace, split_profile
-
-    kind = STRATEGIES[strategy]
-    if strategy == "lru":
-        experts = batch_trace(trace, batch_size, num_steps=_MAX_STEPS)
-        return lru_hit_curve(experts, trace.num_experts, keep_steps=_SAMPLE_STEPS)
-    profile, test = split_profile(trace, 0.3)
-    learned = learn_profile(profile) if kind.needs_profile or kind.prefetches else None
-    experts = batch_trace(test, batch_size, num_steps=_MAX_STEPS // 4)
-    made = kind.make(learned)
-    return hit_curve(made, experts, trace.num_experts, jax.random.key(seed), topk=trace.topk)
 
 
 def _json_file(path: Path) -> Path:

@@ -1,0 +1,77 @@
+"""From routing to a plan, for the commands that tune."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moejax.cards import Hardware, ModelSpec
+    from moejax.simulate import HitCurve
+    from moejax.trace import Trace
+    from moejax.tune import Plan
+
+_SAMPLE_STEPS = 1024
+_MAX_STEPS = 4096
+DEFAULT_PINNED, DEFAULT_HOST = "8GB", "32GB"
+
+
+def make_plan(
+    routing: "Trace",
+    spec: "ModelSpec",
+    hardware: "Hardware",
+    budget_bytes: int,
+    *,
+    pinned_budget_bytes: int = 8 * 10**9,
+    host_budget_bytes: int = 32 * 10**9,
+    strategy: str = "lru",
+    objective: str = "latency",
+    batch_size: int = 1,
+    context_tokens: int = 512,
+    include_dense: bool = False,
+    seed: int = 0,
+) -> "Plan":
+    """Tunes the tiers for a model, a machine and the routing of a trace.
+
+    Raises:
+      BadFileError: The trace is not this model's.
+      InfeasibleBudgetError: The budget holds not even the smallest plan.
+    """
+    from moejax.bench import check_shape
+    from moejax.trace import statistics
+    from moejax.tune import tier_problem, tune
+
+    check_shape(routing, spec)
+    curve = _curve(routing, strategy, batch_size, seed)
+    problem = tier_problem(
+        hardware,
+        spec,
+        curve.hit_ratio_warm,
+        curve.num_demands / curve.num_steps,
+        budget_bytes=budget_bytes,
+        pinned_budget_bytes=pinned_budget_bytes,
+        host_budget_bytes=host_budget_bytes,
+        strategy=strategy,
+        batch_size=batch_size,
+        context_tokens=context_tokens,
+        expert_bytes=None if routing.expert_bytes is None else routing.expert_bytes.tolist(),
+        include_dense=include_dense,
+        recall_ratio=statistics(routing).next_layer_recall_ratio or 0.0,
+        sample_misses=curve.step_misses,
+    )
+    return tune(problem, objective=objective, seed=seed)
+
+
+def _curve(trace: "Trace", strategy: str, batch_size: int, seed: int) -> "HitCurve":
+    import jax
+
+    from moejax.simulate import hit_curve, lru_hit_curve
+    from moejax.strategies import STRATEGIES, learn_profile
+    from moejax.trace import batch_trace, split_profile
+
+    kind = STRATEGIES[strategy]
+    if strategy == "lru":
+        experts = batch_trace(trace, batch_size, num_steps=_MAX_STEPS)
+        return lru_hit_curve(experts, trace.num_experts, keep_steps=_SAMPLE_STEPS)
+    profile, test = split_profile(trace, 0.3)
+    learned = learn_profile(profile) if kind.needs_profile or kind.prefetches else None
+    experts = batch_trace(test, batch_size, num_steps=_MAX_STEPS // 4)
+    made = kind.make(learned)
+    return hit_curve(made, experts, trace.num_experts, jax.random.key(seed), topk=trace.topk)

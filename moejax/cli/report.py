@@ -1,0 +1,58 @@
+"""`moejax report`: a bench run as a page with figures."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moejax.errors import BadFileError, MoejaxError
+
+from ._output import OutputFormat, emit
+from ._progress import say, show_progress
+from .bench import REPORTS, bench, new_folder
+
+_RUN_FILE = "results.json"
+
+
+def report(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Run folder; default: the newest under reports/."),
+    ] = None,
+) -> None:
+    """Write report.md and figures/ from a run's results.json.
+
+    Without DIR it takes the newest run under reports/, or runs the default bench first.
+
+    Example: moejax report reports/first
+    """
+    from moejax.report import write_report
+
+    if folder is None:
+        folder = _newest_run()
+    if folder is None:
+        say(f"no run under {REPORTS}/ yet: running the default bench first")
+        folder = new_folder()
+        bench(out=folder)
+    elif not (folder / _RUN_FILE).is_file():
+        raise BadFileError(
+            f"{folder} holds no {_RUN_FILE}", "Make a run with `moejax bench --out DIR`."
+        )
+    with show_progress("drawing") as progress:
+        page = write_report(folder, progress=progress)
+    emit({"report": str(page), "figures": str(folder / "figures")}, OutputFormat.table)
+
+
+def _newest_run() -> Path | None:
+    """The bench run with the latest date; other reports keep their own results files."""
+    from moejax.results import read_json
+
+    dated = []
+    for path in REPORTS.glob(f"*/{_RUN_FILE}"):
+        try:
+            results = read_json(path)
+            if results["schema"].startswith("moejax.bench/"):
+                dated.append((results["environment"]["date"], path.parent))
+        except (MoejaxError, KeyError, TypeError, AttributeError):
+            continue
+    return max(dated, default=("", None))[1]

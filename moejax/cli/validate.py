@@ -1,0 +1,144 @@
+"""`moejax validate`: files against their formats, or moejax against outside numbers."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moejax.errors import BadFileError, MoejaxError
+
+from ._options import OutputOption, SeedOption
+from ._output import OutputFormat, emit
+from ._outside import check_outside_numbers
+from ._progress import say, show_progress
+
+_RUN_FILE = "results.json"
+_CONFIG_FILE = "config.json"
+
+
+def validate(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[PATH]...",
+            help="Traces, model cards, config.json, hardware profiles, run folders.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Check files, or without PATH compare moejax with numbers from outside.
+
+    With paths: one record a path says what it is and what is wrong with it; any bad one makes the
+    exit code 4. Without: sizes against arithmetic, the RTX 3090's copy law against sizes that the
+    fit did not see, and the default workload against published hit curves and statistics; any
+    miss makes the exit code 1.
+
+    Example: moejax validate gpt-oss.safetensors reports/first
+    """
+    if paths:
+        records = [_check_path(path) for path in paths]
+        emit(records, output, columns=("path", "kind", "ok", "problem"))
+        bad = [record for record in records if not record["ok"]]
+        if bad:
+            raise BadFileError(_counted(len(bad), len(records), "path", "not sound"), bad[0]["hint"])
+        return
+    with show_progress("validating") as progress:
+        checks = [check._asdict() for check in check_outside_numbers(seed, progress)]
+    emit(checks, output)
+    num_missed = sum(not check["ok"] for check in checks)
+    if num_missed:
+        raise MoejaxError(
+            _counted(num_missed, len(checks), "check", "missed"),
+            "`moejax validate -o json` gives every number in full and its source.",
+        )
+    say(f"all {len(checks)} checks hold")
+
+
+def _check_path(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {"path": str(path), "kind": None, "ok": False}
+    try:
+        record["kind"] = _kind(path)
+        _READERS[record["kind"]](path)
+    except MoejaxError as error:
+        return record | {"problem": error.cause, "hint": error.hint}
+    return record | {"ok": True, "problem": None, "hint": None}
+
+
+def _kind(path: Path) -> str:
+    """What a path claims to be, by its name first and by its fields where several share a name.
+
+    Raises:
+      BadFileError: It is nothing that moejax reads, or cannot be read.
+    """
+    from moejax.cards import read_card
+
+    if path.is_dir():
+        for name, kind in ((_RUN_FILE, "run"), (_CONFIG_FILE, "model")):
+            if (path / name).exists():
+                return kind
+        raise BadFileError(
+            f"{path} holds neither {_RUN_FILE} nor {_CONFIG_FILE}",
+            "Name a folder written by `moejax bench --out`, or a checkpoint.",
+        )
+    if path.suffix == ".safetensors":
+        return "trace"
+    if path.name == _RUN_FILE:
+        return "run"
+    if path.suffix == ".json":
+        return "hardware" if "constants" in read_card(path) else "model"
+    if path.suffix == ".toml":
+        fields = read_card(path)
+        for field, kind in (("config", "model"), ("constants", "hardware")):
+            if field in fields:
+                return kind
+        raise BadFileError(
+            f"{path} has neither [config] nor [constants]",
+            "A model card has the one, a hardware profile the other.",
+        )
+    if not path.exists():
+        raise BadFileError(f"{path} does not exist", "Check the path.")
+    raise BadFileError(
+        f"{path} has no ending that tells what it is",
+        "Traces end in .safetensors, cards in .toml or .json; recordings are checked by "
+        "`moejax trace import`.",
+    )
+
+
+def _read_trace(path: Path) -> None:
+    from moejax.trace import load_trace
+
+    load_trace(path)
+
+
+def _read_model(path: Path) -> None:
+    from moejax.cards import load_model
+
+    load_model(path)
+
+
+def _read_hardware(path: Path) -> None:
+    from moejax.cards import load_hardware
+    from moejax.cost import from_hardware
+
+    from_hardware(load_hardware(path))
+
+
+def _read_run(path: Path) -> None:
+    from moejax.report import read_run
+
+    read_run(path if path.is_dir() else path.parent)
+
+
+_READERS = {
+    "trace": _read_trace,
+    "model": _read_model,
+    "hardware": _read_hardware,
+    "run": _read_run,
+}
+
+
+def _counted(num_bad: int, num_all: int, noun: str, state: str) -> str:
+    verb = "is" if num_bad == 1 else "are"
+    return f"{num_bad} of {num_all} {noun}{'s' * (num_all > 1)} {verb} {state}"
