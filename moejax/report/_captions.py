@@ -1,0 +1,161 @@
+"""What each figure shows, in words that stand on their own."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from ._data import ReportData
+from ._published import PUBLISHED_ERROR_RATIO, PUBLISHED_SOURCE, published_points
+from ._wording import num_runs, provenance, routing
+
+
+def caption(name: str, data: ReportData) -> str:
+    """The caption of a figure: what it shows, then what it rests on."""
+    return f"{_SHOWS[name](data)} {_RESTS_ON.get(name, provenance)(data)}"
+
+
+def title(name: str) -> str:
+    """The heading of a figure's section."""
+    return _TITLES[name]
+
+
+def _overview(data: ReportData) -> str:
+    return (
+        "What each strategy costs and gives, means over runs. Shorter is better except for the "
+        "hit ratio."
+    )
+
+
+def _latency(data: ReportData) -> str:
+    panels = ", a panel a dispatch" if len(data.run.dispatches) > 1 else ""
+    return (
+        f"Mean latency of one decode step against batch size, log axes{panels}; error bars are 1 "
+        f"standard deviation over {_draws(data)}. Points are set apart sideways to stay visible."
+    )
+
+
+def _speedup(data: ReportData) -> str:
+    return (
+        "Mean step latency of the baseline divided by that of the strategy, over the same draws "
+        "of requests; error bars are the 95 % bootstrap interval."
+    )
+
+
+def _hit_rate(data: ReportData) -> str:
+    return (
+        "Share of demanded experts that were resident when demanded; late prefetches do not "
+        "count. Error bars are 1 standard deviation over runs. Hit ratio is not speed."
+    )
+
+
+def _hit_curve(data: ReportData) -> str:
+    shown = (
+        "Hit ratio against slots per layer, caches filled by demand only, by the convention of "
+        "the published curves (a first touch is forgiven while a slot is free)."
+    )
+    if published_points(data.run.model["name"]):
+        shown += (
+            f" Hollow markers are published points ({PUBLISHED_SOURCE}, "
+            f"±{PUBLISHED_ERROR_RATIO:g})."
+        )
+    return shown
+
+
+def _stall_breakdown(data: ReportData) -> str:
+    return (
+        "Where a mean step goes: computing while the link is idle, computing while a transfer "
+        "hides behind it, and waiting for a transfer. The number is the whole step. Scales "
+        "differ between panels."
+    )
+
+
+def _tail(data: ReportData) -> str:
+    return (
+        "(a) Percentiles over the steps of a run, averaged over runs. (b) 99th percentile against "
+        "batch size. (c) Standard deviation over steps divided by the mean."
+    )
+
+
+def _scalability(data: ReportData) -> str:
+    return (
+        "(a) Step latency. (b) Tokens per second: batch size / step latency. (c) Hit ratio per GB "
+        "of device memory for experts. (d) Experts fetched per step, demand and prefetch."
+    )
+
+
+def _memory(data: ReportData) -> str:
+    return (
+        "Most device memory that a strategy's experts take, from the smallest to the largest "
+        "batch size: resident experts and those that pass through. Dense weights and KV cache "
+        "come on top and are the same for all."
+    )
+
+
+def _pareto(what: str) -> Callable[[ReportData], str]:
+    def shown(data: ReportData) -> str:
+        return (
+            f"{what} Filled markers are on the front (grey line): no other strategy is at least "
+            "as good in both. Costs that agree in three digits count as equal."
+        )
+
+    return shown
+
+
+def _tiers(data: ReportData) -> str:
+    return "Experts of each layer by the fastest memory tier that holds them."
+
+
+def _draws(data: ReportData) -> str:
+    runs = num_runs(data)
+    return f"{runs} runs (draws of requests)" if runs > 1 else "runs (here one, so there are none)"
+
+
+def _counted(data: ReportData) -> str:
+    return f"Simulated counts {routing(data)}; no clock is involved."
+
+
+def _planned(data: ReportData) -> str:
+    return "Predicted by the tuner (`moejax tune-cache`) from hit curves and the cost model."
+
+
+_SHOWS: Mapping[str, Callable[[ReportData], str]] = MappingProxyType(
+    {
+        "overview": _overview,
+        "latency": _latency,
+        "speedup": _speedup,
+        "hit_rate": _hit_rate,
+        "hit_curve": _hit_curve,
+        "stall_breakdown": _stall_breakdown,
+        "tail": _tail,
+        "scalability": _scalability,
+        "memory": _memory,
+        "pareto_memory": _pareto("Speedup against device memory at the smallest batch."),
+        "pareto_complexity": _pareto(
+            "Speedup at the smallest batch against the complexity score that the reference study "
+            "gave its five strategies; the score is its opinion, the speedup is ours."
+        ),
+        "pareto_efficiency": _pareto("Hit ratio against device memory at the smallest batch."),
+        "tiers": _tiers,
+    }
+)
+
+_RESTS_ON: Mapping[str, Callable[[ReportData], str]] = MappingProxyType(
+    {"hit_curve": _counted, "tiers": _planned}
+)
+
+_TITLES = MappingProxyType(
+    {
+        "overview": "Overview",
+        "latency": "Latency",
+        "speedup": "Speedup",
+        "hit_rate": "Hit ratio",
+        "hit_curve": "Hit ratio against capacity",
+        "stall_breakdown": "Where the time goes",
+        "tail": "Tail latency",
+        "scalability": "Scalability",
+        "memory": "Memory",
+        "pareto_memory": "Trade-off: speed and memory",
+        "pareto_complexity": "Trade-off: speed and complexity",
+        "pareto_efficiency": "Trade-off: hits and memory",
+        "tiers": "Tier sizes per layer",
+    }
+)

@@ -1,0 +1,44 @@
+"""Sentences that say what a run is: whose clock, whose routing, how many draws."""
+
+from collections.abc import Mapping
+
+from ._data import ReportData
+
+
+def hardware_title(data: ReportData) -> str:
+    """The profile's title, which says whose measurements it was fitted to."""
+    return str(data.run.hardware.get("title") or data.run.hardware["name"])
+
+
+def routing(data: ReportData) -> str:
+    """What the strategies were replayed on."""
+    trace = data.run.trace
+    workload = trace.get("workload")
+    if workload is not None:
+        return f"on the calibrated synthetic workload `{workload}` (not recorded routing)"
+    return f"on recorded routing (`{trace['name']}`)"
+
+
+def provenance(data: ReportData) -> str:
+    """What every time in the report rests on."""
+    return f"Simulated (timeline) with the cost model of {hardware_title(data)}, {routing(data)}."
+
+
+def constants_by_kind(data: ReportData) -> Mapping[str, tuple[str, ...]]:
+    """Names of the profile's constants by where their values come from."""
+    kinds: dict[str, tuple[str, ...]] = {}
+    for name, constant in data.run.constants.items():
+        kind = str(constant["kind"])
+        kinds[kind] = (*kinds.get(kind, ()), name)
+    return kinds
+
+
+def num_runs(data: ReportData) -> int:
+    """Draws of requests behind the best-covered cell."""
+    return max(cell.num_runs for cell in data.summary.cells.values())
+
+
+def listed(names: tuple[str, ...]) -> str:
+    """Names in code type: `a`, `b` and `c`."""
+    coded = [f"`{name}`" for name in names]
+    return coded[0] if len(coded) == 1 else f"{', '.join(coded[:-1])} and {coded[-1]}"

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moejax.errors import BadFileError, UsageError
+from moejax.report import FIGURES, write_report
+
+from ._factory import results, write_run
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_same_run_same_bytes_and_nothing_left_over(tmp_path: Path):
+    content = results(strategies=("on_demand", "oracle", "lru"), batch_sizes=(1, 2), num_runs=2)
+    told = []
+    for name in ("one", "two"):
+        folder = write_run(tmp_path / name, content)
+        (folder / "figures").mkdir()
+        (folder / "figures" / "tiers.png").write_bytes(b"from an earlier report")
+        path = write_report(folder, progress=lambda *said: told.append(said))
+        assert path == folder / "report.md"
+    one, two = content_of(tmp_path / "one"), content_of(tmp_path / "two")
+    assert one == two
+    drawn = [name for name in FIGURES if name != "tiers"]
+    figures = {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "svg")}
+    assert set(one) == {"results.json", "report.md"} | figures
+    assert all(one[name].startswith(b"\x89PNG") for name in figures if name.endswith("png"))
+    assert told[-1] == (len(FIGURES) + 1, len(FIGURES) + 1, "report.md")
+    text = one["report.md"].decode()
+    assert all(f"figures/{name}.png" in text for name in drawn)
+    assert str(tmp_path) not in text
+
+
+def test_bad_results_leave_the_old_report(tmp_path: Path):
+    (tmp_path / "results.json").write_text("{")
+    (tmp_path / "report.md").write_text("old")
+    with pytest.raises(BadFileError):
+        write_report(tmp_path)
+    assert (tmp_path / "report.md").read_text() == "old"
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path):
+    write_run(tmp_path, results(strategies=("lru",), batch_sizes=(1,), num_runs=1))
+    (tmp_path / "figures").write_text("in the way")
+    with pytest.raises(UsageError) as caught:
+        write_report(tmp_path)
+    assert caught.value.hint
+
+
+def test_jax_is_not_imported():
+    code = "import sys, moejax.report; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
