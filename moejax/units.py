@@ -58,10 +58,10 @@ def format_ratio(ratio: float) -> str:
 def _scaled(value: float, scales: list[tuple[float, str]]) -> str:
     if not math.isfinite(value):
         return f"{value} {scales[-1][1]}"
+    if value == 0:
+        return f"0 {next(unit for scale, unit in scales if scale == 1.0)}"
     # 0.9995 keeps 999.6 MB from printing as "1000 MB" instead of "1.00 GB".
     fitting = (pair for pair in scales if abs(value) >= 0.9995 * pair[0])
-    plain = next(pair for pair in scales if pair[0] == 1.0)
-    scale, unit = plain if value == 0 else next(fitting, scales[-1])
-    shown = value / scale
-    num_whole_digits = len(f"{abs(shown):.0f}")
-    return f"{shown:.{max(0, 3 - num_whole_digits) if value else 0}f} {unit}"
+    scale, unit = next(fitting, scales[-1])
+    digits = f"{value / scale:#.3g}"
+    return f"{value / scale:.0f} {unit}" if "e" in digits else f"{digits.rstrip('.')} {unit}"

@@ -14,6 +14,7 @@ from moejax.strategies._fifo import fifo as fifo
 from moejax.strategies._gate_look import gate_look as gate_look
 from moejax.strategies._intelligent import intelligent as intelligent
 from moejax.strategies._learn import learn_profile as learn_profile
+from moejax.strategies._learn import learn_reuse_weights as learn_reuse_weights
 from moejax.strategies._lfu import lfu as lfu
 from moejax.strategies._lru import lru as lru
 from moejax.strategies._multi_look import multi_look as multi_look
@@ -24,7 +25,7 @@ from moejax.strategies._predict import calibrated as calibrated
 from moejax.strategies._predict import gate as gate
 from moejax.strategies._predict import transitions as transitions
 from moejax.strategies._profile import Profile as Profile
-from moejax.strategies._reuse import learn_reuse_weights as learn_reuse_weights
+from moejax.strategies._reuse import ReuseWeights as ReuseWeights
 from moejax.strategies._reuse import reuse as reuse
 from moejax.strategies._select import keep_best as keep_best
 from moejax.strategies._select import rank_by_score as rank_by_score

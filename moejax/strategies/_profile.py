@@ -1,6 +1,6 @@
 """Counts of a profile trace: what can be known before the trace under test begins."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -21,7 +21,7 @@ class Profile(NamedTuple):
       transition: How often the demand of expert i in layer l was followed by that of expert j,
         1 to `depth` events later, inside one request.
       successor: The same for the next token in the same layer.
-      reuse_weights: Weights of the features of learned retention; None keeps the defaults.
+      reuse_weights: `ReuseWeights` of learned retention; None keeps the defaults.
     """
 
     num_tokens: int
@@ -29,7 +29,7 @@ class Profile(NamedTuple):
     num_uses: Float[np.ndarray, "layers experts"]
     transition: Float[np.ndarray, "layers depth experts experts"]
     successor: Float[np.ndarray, "layers experts experts"]
-    reuse_weights: Float[np.ndarray, " features"] | None = None
+    reuse_weights: Any = None
 
 
 def count_profile(trace: Trace, *, depth: int = 3, max_tokens: int = 20_000) -> Profile:

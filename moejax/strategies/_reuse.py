@@ -8,20 +8,29 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax._types import PRNGKey
 from moejax.strategies._base import Access, CacheShape, Decision, Strategy
 from moejax.strategies._profile import Profile
-from moejax.trace import Trace, demand_counts
 
 FEATURES = ("recency", "burst", "habit", "trend", "popularity", "succession")
 _MEMORY_RATIOS = (0.7, 0.95, 0.99)
-_MAX_STEPS = 1024
 
 # Recency alone decides, so that an unlearned score is LRU.
 LRU_WEIGHTS = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class ReuseWeights(NamedTuple):
+    """Weights of the features, for several horizons.
+
+    Attributes:
+      horizon_steps: Horizons in ascending order: how soon is "again".
+      weights: One row a horizon.
+    """
+
+    horizon_steps: Float[np.ndarray, " horizons"]
+    weights: Float[np.ndarray, "horizons features"]
 
 
 class ReuseState(NamedTuple):
@@ -34,6 +43,7 @@ class ReuseState(NamedTuple):
       num_steps: Steps so far, the profile's included.
       num_pairs: Token-to-token transitions: expert i, then expert j one step later.
       demand_before: Demand one step ago.
+      topk: Experts a token demands.
     """
 
     last_use: Int[Array, "*layers experts"]
@@ -42,11 +52,12 @@ class ReuseState(NamedTuple):
     num_steps: Float[Array, "*layers"]
     num_pairs: Float[Array, "*layers experts experts"]
     demand_before: Bool[Array, "*layers experts"]
+    topk: Float[Array, "*layers"]
 
 
 def reuse(
     profile: Profile | None,
-    weights: Float[Array, " features"] | tuple[float, ...] = LRU_WEIGHTS,
+    weights: ReuseWeights | Float[Array, " features"] | tuple[float, ...] = LRU_WEIGHTS,
     *,
     online: bool = True,
 ) -> Strategy:
@@ -54,7 +65,8 @@ def reuse(
 
     Args:
       profile: Where popularity and transition counts start; None starts from nothing.
-      weights: Weight of each of `FEATURES`; `learn_reuse_weights` finds them.
+      weights: Weight of each of `FEATURES`, or weights by horizon. Of those, the horizon is taken
+        that an expert has in a cache of this capacity: about capacity / topk steps.
       online: Whether events of the trace under test go on being counted.
 
     Returns:
@@ -78,51 +90,32 @@ def reuse(
             num_steps=jnp.full(layers, num_steps),
             num_pairs=num_pairs,
             demand_before=jnp.zeros((layers, experts), bool),
+            topk=jnp.full(layers, float(shape.topk)),
         )
 
     def step(state: ReuseState, access: Access, key: PRNGKey) -> tuple[ReuseState, Decision]:
-        state = _observe(state, access, online)
-        return state, Decision(jnp.asarray(weights, jnp.float32) @ _features(state, access.event))
+        state = observe(state, access.demand, access.event, online=online)
+        mine = _weights_at(weights, access.capacity / state.topk)
+        return state, Decision(mine @ features(state, access.event))
 
-    return Strategy(init, step)
-
-
-def learn_reuse_weights(
-    trace: Trace, *, horizon_steps: int | None = None
-) -> Float[np.ndarray, " features"]:
-    """Fits the feature weights by logistic regression on a profile trace.
-
-    The label of (step, layer, expert) is whether the expert is demanded again within
-    `horizon_steps`: about the time a resident expert has before it would be evicted.
-
-    Args:
-      trace: Profile trace; its first 1,024 tokens are used.
-      horizon_steps: Defaults to experts / topk, the mean time between uses of an expert.
-
-    Returns:
-      One weight a feature.
-    """
-    experts = trace.experts[:_MAX_STEPS]
-    demand = demand_counts(experts, trace.num_experts)
-    horizon = horizon_steps or max(1, trace.num_experts // trace.topk)
-    if len(demand) <= 2 * horizon:
-        return np.asarray(LRU_WEIGHTS, np.float32)
-    used = np.cumsum(np.pad(demand > 0, ((1, 0), (0, 0), (0, 0))), axis=0, dtype=np.int32)
-    label = used[1 + horizon :] > used[1:-horizon]
-    shape = CacheShape(trace.num_layers, trace.num_experts, trace.topk, 0)
-    # Counts that hold the answers would teach the fit to trust them too much: start from none.
-    return np.asarray(_fit(jnp.asarray(demand), jnp.asarray(label), shape))
+    return Strategy(init, step, reads_cache=isinstance(weights, ReuseWeights))
 
 
-def _observe(state: ReuseState, access: "Access | _DemandOnly", online: bool) -> ReuseState:
-    demanded = access.demand > 0
+def observe(
+    state: ReuseState,
+    demand: Int[Array, " experts"],
+    event: Int[Array, ""],
+    *,
+    online: bool = True,
+) -> ReuseState:
+    """Takes one event of one layer into the features' state."""
+    demanded = demand > 0
     used = demanded.astype(jnp.float32)
     memory = jnp.asarray(_MEMORY_RATIOS, jnp.float32)[:, None]
-    rates = memory * state.rates + (1 - memory) * used[None, :]
     before = state.demand_before.astype(jnp.float32)
     state = state._replace(
-        last_use=jnp.where(demanded, access.event, state.last_use),
-        rates=rates,
+        last_use=jnp.where(demanded, event, state.last_use),
+        rates=memory * state.rates + (1 - memory) * used[None, :],
         demand_before=demanded,
     )
     if not online:
@@ -134,8 +127,8 @@ def _observe(state: ReuseState, access: "Access | _DemandOnly", online: bool) ->
     )
 
 
-def _features(state: ReuseState, event: Int[Array, ""]) -> Float[Array, "features experts"]:
-    """Rows as named in `FEATURES`, each about one unit wide."""
+def features(state: ReuseState, event: Int[Array, ""]) -> Float[Array, "features experts"]:
+    """One row for each of `FEATURES`, each about one unit wide."""
     never = state.last_use < 0
     idle = jnp.where(never, 1e6, (event - state.last_use).astype(jnp.float32))
     popularity = (state.num_uses + 1.0) / (state.num_steps + 10.0)
@@ -151,51 +144,10 @@ def _features(state: ReuseState, event: Int[Array, ""]) -> Float[Array, "feature
     )
 
 
-def _fit(demand, label, shape: CacheShape) -> Float[Array, " features"]:
-    num_steps = len(label)
-    start = reuse(None).init(shape)
-
-    @jax.jit
-    def fit(demand, label):
-        def walk(state, step_demand):
-            step, row = step_demand
-            events = step * shape.num_layers + jnp.arange(shape.num_layers)
-
-            def one(state, row, event):
-                state = _observe(state, _DemandOnly(event, row), True)
-                return state, _features(state, event)
-
-            return jax.vmap(one)(state, row, events)
-
-        steps = jnp.arange(num_steps)
-        _, features = jax.lax.scan(walk, start, (steps, demand[:num_steps].astype(jnp.int32)))
-        rows = features.transpose(0, 1, 3, 2).reshape(-1, len(FEATURES))
-        target = label.reshape(-1).astype(jnp.float32)
-        mean, spread = rows.mean(0), rows.std(0) + 1e-3
-        rows = (rows - mean[None, :]) / spread[None, :]
-
-        def loss(parameters):
-            logits = rows @ parameters[:-1] + parameters[-1]
-            penalty = 1e-4 * jnp.sum(parameters[:-1] ** 2)
-            return optax.sigmoid_binary_cross_entropy(logits, target).mean() + penalty
-
-        optimiser = optax.adam(0.1)
-        parameters = jnp.zeros(len(FEATURES) + 1)
-
-        def descend(carry, _):
-            parameters, memory = carry
-            updates, memory = optimiser.update(jax.grad(loss)(parameters), memory)
-            return (optax.apply_updates(parameters, updates), memory), None
-
-        carry = (parameters, optimiser.init(parameters))
-        (parameters, _), _ = jax.lax.scan(descend, carry, None, length=100)
-        return parameters[:-1] / spread
-
-    return fit(demand, label)
-
-
-class _DemandOnly(NamedTuple):
-    """The part of an `Access` that the features read."""
-
-    event: Int[Array, ""]
-    demand: Int[Array, " experts"]
+def _weights_at(weights, horizon_steps: Float[Array, ""]) -> Float[Array, " features"]:
+    if not isinstance(weights, ReuseWeights):
+        return jnp.asarray(weights, jnp.float32)
+    known = jnp.log(jnp.asarray(weights.horizon_steps, jnp.float32))
+    wanted = jnp.log(jnp.maximum(horizon_steps, 1e-3))
+    by_feature = jnp.asarray(weights.weights, jnp.float32).T
+    return jax.vmap(lambda column: jnp.interp(wanted, known, column))(by_feature)
