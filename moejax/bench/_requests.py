@@ -53,12 +53,7 @@ def open_requests(trace: Trace | None, workload: str, model: ModelSpec, seed: in
         tokens_per_request=_TOKENS_PER_REQUEST,
         seed=(seed + _PROFILE_SEED_OFFSET) % 2**32,
     )
-    if (profile.num_layers, profile.num_experts) != (model.num_moe_layers, model.num_experts):
-        raise UsageError(
-            f"workload {workload!r} routes {profile.num_layers} layers of {profile.num_experts} "
-            f"experts, but {model.name} has {model.num_moe_layers} of {model.num_experts}",
-            "Name a workload of this model with --workload, or record a trace and give --trace.",
-        )
+    check_shape(profile, model)
     return Requests(profile, None, workload, seed)
 
 
@@ -66,15 +61,22 @@ def check_shape(trace: Trace, model: ModelSpec) -> None:
     """Refuses a trace that cannot be this model's.
 
     Raises:
-      BadFileError: Layers, experts or top-k differ.
+      BadFileError: Layers or experts of a recorded trace differ.
+      UsageError: Those of a synthetic one differ.
     """
     routed = (trace.num_layers, trace.num_experts)
-    if routed != (model.num_moe_layers, model.num_experts):
-        raise BadFileError(
-            f"the trace routes {routed[0]} layers of {routed[1]} experts, but {model.name} has "
-            f"{model.num_moe_layers} layers of {model.num_experts}",
-            "Name the trace's own model with --model.",
+    if routed == (model.num_moe_layers, model.num_experts):
+        return
+    cause = (
+        f"routes {routed[0]} layers of {routed[1]} experts, but {model.name} has "
+        f"{model.num_moe_layers} layers of {model.num_experts}"
+    )
+    if trace.workload is not None:
+        raise UsageError(
+            f"the workload {trace.workload!r} {cause}",
+            "Name a workload of this model with --workload, or record a trace and give --trace.",
         )
+    raise BadFileError(f"the trace {cause}", "Name the trace's own model with --model.")
 
 
 def learn(requests: Requests) -> Profile:

@@ -12,6 +12,8 @@ from moejax.results import capture_environment, to_plain
 from moejax.trace import Trace
 
 SCHEMA = "moejax.bench/1"
+BASELINE = "lru"
+"""Runs beside every experiment that leaves it out, for the reader to compare with."""
 
 
 def run_bench(
@@ -43,7 +45,11 @@ def run_bench(
     """
     requests = open_requests(trace, workload, model, settings.seed)
     profile = learn(requests)
-    grid = run_grid(settings, model, hardware, requests, profile, progress=progress)
+    names = settings.strategies
+    with_baseline = dataclasses.replace(
+        settings, strategies=tuple(dict.fromkeys((*names, BASELINE)))
+    )
+    grid = run_grid(with_baseline, model, hardware, requests, profile, progress=progress)
     curves = hit_curves(requests, profile, settings.strategies, settings.seed)
     measured = {"transfer": [], "compute": []}
     if measure:
@@ -66,7 +72,8 @@ def run_bench(
             "num_requests": shown.num_requests,
         },
         "settings": dataclasses.asdict(settings),
-        "grid": grid,
+        "grid": [record for record in grid if record["strategy"] in names],
+        "baseline": [record for record in grid if record["strategy"] not in names],
         "hit_curve": curves,
         "measured": measured,
     }

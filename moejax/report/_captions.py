@@ -5,12 +5,12 @@ from types import MappingProxyType
 
 from ._data import ReportData
 from ._published import PUBLISHED_ERROR_RATIO, PUBLISHED_SOURCE, published_points
-from ._wording import num_runs, provenance, routing
+from ._wording import num_runs, provenance_in_short, routing
 
 
 def caption(name: str, data: ReportData) -> str:
     """The caption of a figure: what it shows, then what it rests on."""
-    return f"{_SHOWS[name](data)} {_RESTS_ON.get(name, provenance)(data)}"
+    return f"{_SHOWS[name](data)} {_RESTS_ON.get(name, provenance_in_short)(data)}"
 
 
 def title(name: str) -> str:

@@ -171,7 +171,7 @@ def read_run(folder: Path) -> BenchRun:
         constants=_constants(check, sections["hardware"].get("constants") or {}),
         trace=sections["trace"],
         settings=check.mapping(content.get("settings", {}), "settings"),
-        records=_records(check, content.get("grid")),
+        records=_records(check, content.get("grid"), content.get("baseline") or []),
         hit_curve=_hit_curves(check, content.get("hit_curve") or {}),
         measured=_measured(check, content.get("measured") or {}),
         tiers=_tiers(folder, content.get("tune")),
@@ -181,11 +181,17 @@ def read_run(folder: Path) -> BenchRun:
 _SECTIONS = ("environment", "model", "hardware", "trace")
 
 
-def _records(check: Checker, grid: Any) -> tuple[Record, ...]:
+def _records(check: Checker, grid: Any, baseline: Any) -> tuple[Record, ...]:
+    """The experiment's points and those of the baseline that every run carries beside them."""
     rows = check.sequence(grid, "grid")
     if not rows:
         raise check.fail("grid is empty, so there is nothing to report")
-    records = tuple(_record(check, row, f"grid[{index}]") for index, row in enumerate(rows))
+    places = [(row, f"grid[{index}]") for index, row in enumerate(rows)]
+    places += [
+        (row, f"baseline[{index}]")
+        for index, row in enumerate(check.sequence(baseline, "baseline"))
+    ]
+    records = tuple(_record(check, row, place) for row, place in places)
     seen: set[tuple[str, int, int, str]] = set()
     for record in records:
         key = (record.strategy, record.batch_size, record.run, record.dispatch)

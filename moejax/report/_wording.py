@@ -24,6 +24,13 @@ def provenance(data: ReportData) -> str:
     return f"Simulated (timeline) with the cost model of {hardware_title(data)}, {routing(data)}."
 
 
+def provenance_in_short(data: ReportData) -> str:
+    """The same for a caption, whose reader finds the whole of it at the top of the page."""
+    trace = data.run.trace
+    kind = "calibrated workload" if trace.get("workload") is not None else "recorded routing"
+    return f"Simulated: profile `{data.run.hardware['name']}`, {kind} `{trace['name']}`."
+
+
 def constants_by_kind(data: ReportData) -> Mapping[str, tuple[str, ...]]:
     """Names of the profile's constants by where their values come from."""
     kinds: dict[str, tuple[str, ...]] = {}
