@@ -116,7 +116,7 @@ def page(results: dict) -> str:
         lines += [
             f"## {routing} ({kind}, {mine[0]['model']})",
             "",
-            "| slots | strategy | step latency | over lru | hits | late | fetched a step | wasted |",
+            "| slots | strategy | step latency | over lru | hits | late | fetched | wasted |",
             "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for slots in dict.fromkeys(r["slots"] for r in mine):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from moejax.errors import BadFileError
 
-from ._fields import Fields
+from ._fields import CONFIG_HINT, Fields
 from ._spec import DTYPE_BYTES, ModelSpec
 
 # A trace stores expert numbers in 16 bits and keeps the largest for "not computed".
@@ -296,10 +296,13 @@ def _stored_expert_bytes(fields: Fields, spec: ModelSpec) -> int:
 
 def _check(spec: ModelSpec, where: str) -> None:
     if spec.num_experts > _MAX_EXPERTS:
-        raise BadFileError(f"{where}: {spec.num_experts} experts exceed {_MAX_EXPERTS}")
+        raise BadFileError(
+            f"{where}: {spec.num_experts} experts exceed {_MAX_EXPERTS}", CONFIG_HINT
+        )
     if spec.num_experts_per_tok > spec.num_experts:
         raise BadFileError(
-            f"{where}: {spec.num_experts_per_tok} experts per token exceed {spec.num_experts}"
+            f"{where}: {spec.num_experts_per_tok} experts per token exceed {spec.num_experts}",
+            CONFIG_HINT,
         )
     if not 1 <= spec.num_moe_layers <= spec.num_layers:
         raise BadFileError(
@@ -309,7 +312,10 @@ def _check(spec: ModelSpec, where: str) -> None:
     if spec.num_attention_heads % spec.num_key_value_heads:
         raise BadFileError(
             f"{where}: {spec.num_attention_heads} heads are no multiple of "
-            f"{spec.num_key_value_heads} key-value heads"
+            f"{spec.num_key_value_heads} key-value heads",
+            CONFIG_HINT,
         )
     if spec.expert_bytes < 1:
-        raise BadFileError(f"{where}: expert_bytes = {spec.expert_bytes} must be positive")
+        raise BadFileError(
+            f"{where}: expert_bytes = {spec.expert_bytes} must be positive", CONFIG_HINT
+        )

@@ -8,6 +8,7 @@ from moejax.errors import BadFileError
 
 # Far above any model and far below what would overflow a 64-bit product of three widths.
 _MAX_COUNT = 2**24
+CONFIG_HINT = "Compare the file with the config.json that the model was published with."
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,16 @@ class Fields:
         first = self.count(*spellings)
         for name in spellings:
             if self.has(name) and self.values[name] != first:
-                raise BadFileError(f"{self.where}: {name} = {self.values[name]!r} is not {first}")
+                raise BadFileError(
+                    f"{self.where}: {name} = {self.values[name]!r} is not {first}", CONFIG_HINT
+                )
         return first
 
     def counts(self, name: str) -> list[int]:
         """A list of whole numbers; empty where the field is absent."""
         values = self.values.get(name) or []
         if not isinstance(values, list):
-            raise BadFileError(f"{self.where}: {name} = {values!r} is not a list")
+            raise BadFileError(f"{self.where}: {name} = {values!r} is not a list", CONFIG_HINT)
         return [self._checked(name, value, least=0) for value in values]
 
     def flag(self, name: str) -> bool:
@@ -61,7 +64,9 @@ class Fields:
         if not self.has(name):
             raise self._missing((name,))
         if not isinstance(self.values[name], bool):
-            raise BadFileError(f"{self.where}: {name} = {self.values[name]!r} is not true or false")
+            raise BadFileError(
+                f"{self.where}: {name} = {self.values[name]!r} is not true or false", CONFIG_HINT
+            )
         return self.values[name]
 
     def text(self, name: str, default: str | None = None) -> str:
@@ -71,14 +76,20 @@ class Fields:
                 raise self._missing((name,))
             return default
         if not isinstance(self.values[name], str):
-            raise BadFileError(f"{self.where}: {name} = {self.values[name]!r} is not a text")
+            raise BadFileError(
+                f"{self.where}: {name} = {self.values[name]!r} is not a text", CONFIG_HINT
+            )
         return self.values[name]
 
     def _checked(self, name: str, value: Any, least: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise BadFileError(f"{self.where}: {name} = {value!r} is not a whole number")
+            raise BadFileError(
+                f"{self.where}: {name} = {value!r} is not a whole number", CONFIG_HINT
+            )
         if not least <= value <= _MAX_COUNT:
-            raise BadFileError(f"{self.where}: {name} = {value} is not in {least}..{_MAX_COUNT}")
+            raise BadFileError(
+                f"{self.where}: {name} = {value} is not in {least}..{_MAX_COUNT}", CONFIG_HINT
+            )
         return value
 
     def _missing(self, spellings: tuple[str, ...]) -> BadFileError:

@@ -32,6 +32,8 @@ CONSTANT_NAMES = (
 )
 """Every constant a profile may state; what the cost model needs and finds missing it names."""
 
+_HINT = "Mend the value; `moejax fit` writes sound profiles."
+
 KINDS = ("fitted", "measured", "derived", "datasheet", "assumed")
 """Where a value comes from, most trustworthy first."""
 
@@ -113,12 +115,12 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
 def _read_hardware(fields: Mapping[str, Any], path: Path) -> Hardware:
     tables = fields.get("constants")
     if not isinstance(tables, dict) or not tables:
-        raise BadFileError(f"{path} has no [constants.NAME] tables")
+        raise BadFileError(f"{path} has no [constants.NAME] tables", _HINT)
     constants = {name: _read_constant(name, table, path) for name, table in tables.items()}
     texts = {key: fields.get(key, "") for key in ("name", "title", "source", "note")}
     for key, text in texts.items():
         if not isinstance(text, str):
-            raise BadFileError(f"{path}: {key} = {text!r} is not a text")
+            raise BadFileError(f"{path}: {key} = {text!r} is not a text", _HINT)
     return Hardware(
         name=texts["name"] or path.stem,
         title=texts["title"] or texts["name"] or path.stem,
@@ -142,26 +144,26 @@ def _read_constant(name: str, table: Any, path: Path) -> Constant:
     value = _number(table.get("value"), where)
     # No overlap at all is a sound answer; every other constant divides or scales something.
     if value < 0 or (value == 0 and name != "overlap_ratio"):
-        raise BadFileError(f"{where} = {value} must be positive")
+        raise BadFileError(f"{where} = {value} must be positive", _HINT)
     if name.endswith("_ratio") and value > 1:
-        raise BadFileError(f"{where} = {value} is a ratio and cannot exceed 1")
+        raise BadFileError(f"{where} = {value} is a ratio and cannot exceed 1", _HINT)
     error = table.get("standard_error")
     if error is not None:
         error = _number(error, f"{where}.standard_error")
         if error < 0:
-            raise BadFileError(f"{where}.standard_error = {error} must not be negative")
+            raise BadFileError(f"{where}.standard_error = {error} must not be negative", _HINT)
     return Constant(value, table["unit"], table["kind"], error, table["source"])
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadFileError(f"{where} = {value!r} is not a number")
+        raise BadFileError(f"{where} = {value!r} is not a number", _HINT)
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise BadFileError(f"{where} = {value} is not finite")
+        raise BadFileError(f"{where} = {value} is not finite", _HINT)
     return number
 
 

@@ -79,7 +79,10 @@ def _expert_bytes(card: Fields) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
-        raise BadFileError(f"{card.where}: expert_bytes = {value!r} is no sensible size")
+        raise BadFileError(
+            f"{card.where}: expert_bytes = {value!r} is no sensible size",
+            "State the bytes of one routed expert.",
+        )
     return value
 
 

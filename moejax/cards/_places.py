@@ -11,6 +11,7 @@ from moejax.errors import BadFileError, UsageError
 
 # The largest card is a few kilobytes; a config.json with a vocabulary inside stays below this.
 _MAX_CARD_BYTES = 16 * 2**20
+_HINT = "A card is TOML, a config.json is JSON, both in UTF-8 and a table of fields."
 
 
 def models_dir() -> Path:
@@ -31,16 +32,18 @@ def read_card(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise BadFileError(f"{path} is not a file", "Give the path of a card or config.json.")
         if path.stat().st_size > _MAX_CARD_BYTES:
-            raise BadFileError(f"{path} has {path.stat().st_size} bytes: too large for a card")
+            raise BadFileError(
+                f"{path} has {path.stat().st_size} bytes: too large for a card", _HINT
+            )
         text = path.read_text(encoding="utf-8")
         fields = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise BadFileError(
             f"{path} cannot be read: {first_line(error)}",
-            "A card is TOML, a config.json is JSON, both in UTF-8.",
+            _HINT,
         ) from error
     if not isinstance(fields, dict):
-        raise BadFileError(f"{path} holds a {type(fields).__name__}, not a table of fields")
+        raise BadFileError(f"{path} holds a {type(fields).__name__}, not a table of fields", _HINT)
     return fields
 
 

@@ -22,8 +22,9 @@ from .fit import fit
 from .report import report
 from .simulate import simulate
 from .tune_cache import tune_cache
+from .validate import validate
 
-COMMANDS = (bench, tune_cache, report, simulate, estimate, fit, env)
+COMMANDS = (bench, tune_cache, report, simulate, estimate, fit, validate, env)
 GROUPS = (trace.app,)
 
 _SETTINGS = (

@@ -134,7 +134,16 @@ def parse_sizes(text: str, option: str) -> tuple[int, ...]:
     Raises:
       UsageError: An item is not a size.
     """
+    return tuple(parse_size(item, option) for item in text.split(","))
+
+
+def parse_size(text: str, option: str) -> int:
+    """Reads a size such as `2GB` as bytes.
+
+    Raises:
+      UsageError: It is not a size; the message names the option.
+    """
     try:
-        return tuple(parse_bytes(item) for item in text.split(","))
+        return parse_bytes(text)
     except UsageError as error:
         raise UsageError(f"{option}: {error.cause}", error.hint) from None

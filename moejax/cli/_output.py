@@ -17,6 +17,7 @@ _UNITS: Mapping[str, Callable[[float], str]] = {
     "_per_s": lambda value: f"{value:.3g}",
     "_bytes": format_bytes,
     "_ratio": format_ratio,
+    "_ratio_warm": format_ratio,
     "_s": format_seconds,
 }
 
@@ -72,7 +73,7 @@ def emit(
         cells = [[_heading(key), _show(key, plain.get(key))] for key in keys]
     else:
         headings = [_heading(key) for key in keys]
-        is_text = [not all(_is_number(row.get(key)) for row in rows) for key in keys]
+        is_text = [_is_text([row.get(key) for row in rows]) for key in keys]
         cells = [[_show(key, row.get(key)) for key in keys] for row in rows]
     print_grid = _print_markdown if output is OutputFormat.md else _print_table
     print_grid(headings, cells, is_text, title)
@@ -128,6 +129,7 @@ def _print_table(
 
 
 def _heading(key: str) -> str:
+    key = key.replace("_ratio_warm", "_warm")
     ending = next((unit for unit in _UNITS if key.endswith(unit)), "")
     words = key.removesuffix(ending).removeprefix("num_").replace("_", " ")
     return f"{words}/s" if ending == "_per_s" else words
@@ -154,5 +156,7 @@ def _show_number(key: str, value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+def _is_text(column: Sequence[Any]) -> bool:
+    """Whether a column stands to the left: anything but numbers, gaps aside."""
+    values = [value for value in column if value is not None]
+    return not values or not all(type(value) in (int, float) for value in values)

@@ -1,12 +1,12 @@
 """From routing to a plan, for the commands that tune."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from moejax.cards import Hardware, ModelSpec
     from moejax.simulate import HitCurve
     from moejax.trace import Trace
-    from moejax.tune import Plan
+    from moejax.tune import Objective, Plan
 
 _SAMPLE_STEPS = 1024
 _MAX_STEPS = 4096
@@ -56,7 +56,7 @@ def make_plan(
         recall_ratio=statistics(routing).next_layer_recall_ratio or 0.0,
         sample_misses=curve.step_misses,
     )
-    return tune(problem, objective=objective, seed=seed)
+    return tune(problem, objective=cast("Objective", objective), seed=seed)
 
 
 def _curve(trace: "Trace", strategy: str, batch_size: int, seed: int) -> "HitCurve":
@@ -66,12 +66,11 @@ def _curve(trace: "Trace", strategy: str, batch_size: int, seed: int) -> "HitCur
     from moejax.strategies import STRATEGIES, learn_profile
     from moejax.trace import batch_trace, split_profile
 
-    kind = STRATEGIES[strategy]
     if strategy == "lru":
         experts = batch_trace(trace, batch_size, num_steps=_MAX_STEPS)
         return lru_hit_curve(experts, trace.num_experts, keep_steps=_SAMPLE_STEPS)
     profile, test = split_profile(trace, 0.3)
-    learned = learn_profile(profile) if kind.needs_profile or kind.prefetches else None
     experts = batch_trace(test, batch_size, num_steps=_MAX_STEPS // 4)
-    made = kind.make(learned)
+    kind = STRATEGIES[strategy]
+    made = kind.make(learn_profile(profile) if kind.learns else None)
     return hit_curve(made, experts, trace.num_experts, jax.random.key(seed), topk=trace.topk)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moejax.errors import BadFileError, UsageError
-from moejax.units import parse_bytes
+from moejax.errors import UsageError
 
 from ._options import (
     DEFAULT_HARDWARE,
@@ -24,11 +23,12 @@ from ._options import (
     WorkloadOption,
     parse_ints,
     parse_names,
+    parse_size,
 )
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
 from ._tuning import make_plan
-from .simulate import open_routing
+from .simulate import check_workload, open_routing
 
 if TYPE_CHECKING:
     from moejax.cards import ModelSpec
@@ -92,7 +92,7 @@ def bench(
 
     Example: moejax bench --out reports/first --quick
     """
-    from moejax.bench import GridSettings, run_bench
+    from moejax.bench import GridSettings, check_shape, run_bench
     from moejax.cards import load_hardware, load_model
     from moejax.results import write_json
     from moejax.strategies import STRATEGIES
@@ -105,7 +105,9 @@ def bench(
     recorded = None if trace is None else load_trace(trace)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
-    workload = workload or workload_of(spec)
+    workload = check_workload(workload or workload_of(spec))
+    if recorded is not None:
+        check_shape(recorded, spec)
     _check_lookahead(names, recorded)
     settings = GridSettings(
         strategies=names,
@@ -154,7 +156,7 @@ def model_name(model: str, trace: "Trace | None", workload: str | None) -> str:
         return model
     if trace is not None:
         return trace.model or model
-    return WORKLOADS[workload].model if workload in WORKLOADS else model
+    return WORKLOADS[workload].model if workload and workload in WORKLOADS else model
 
 
 def workload_of(spec: "ModelSpec") -> str:
@@ -188,7 +190,7 @@ def _slots(
         sizes = [spec.expert_bytes] * layers
         if trace is not None and trace.expert_bytes is not None:
             sizes = [int(size) for size in trace.expert_bytes]
-        return slots_within(parse_bytes(budget), sizes, experts)
+        return slots_within(parse_size(budget, "--budget"), sizes, experts)
     if slots is not None and slots > experts:
         raise UsageError(
             f"--slots {slots} exceeds the {experts} experts of a layer of {spec.name}",
@@ -206,16 +208,11 @@ def _check_writable(folder: Path) -> None:
     """Refuses a folder that cannot be written before minutes of work go into it."""
     import os
 
-    if folder.exists() and not folder.is_dir():
-        raise BadFileError(f"{folder} is a file", "Name a folder with --out.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFileError(
-            f"cannot make the folder {folder}: {error.strerror}", "Name another with --out."
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise BadFileError(f"the folder {folder} is read-only", "Name another with --out.")
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise UsageError(f"--out {folder}: {place} is a file", "Name a folder.")
+    if not os.access(place, os.W_OK):
+        raise UsageError(f"--out {folder}: {place} is read-only", "Name another folder.")
 
 
 def _fit_this_machine(folder: Path, results: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from moejax.errors import InfeasibleBudgetError
-from moejax.units import format_bytes, parse_bytes
+from moejax.units import format_bytes
 
 from ._options import (
     DEFAULT_HARDWARE,
@@ -14,6 +14,7 @@ from ._options import (
     ModelOption,
     OfflineOption,
     OutputOption,
+    parse_size,
 )
 from ._output import OutputFormat, emit
 
@@ -67,7 +68,7 @@ def estimate(
         smallest_bytes = (
             bounds.smallest_dense_budget_bytes if include_dense else bounds.smallest_budget_bytes
         )
-        record |= _slots(parse_bytes(budget), smallest_bytes, spec.expert_bytes)
+        record |= _slots(parse_size(budget, "--budget"), smallest_bytes, spec.expert_bytes)
         record["slots_per_layer"] = record["num_slots"] / spec.num_moe_layers
         record["warnings"] = _warnings(record["num_slots"], bounds.cliff_slots)
     emit(record, output)

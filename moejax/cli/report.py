@@ -1,5 +1,7 @@
 """`moejax report`: a bench run as a page with figures."""
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +9,7 @@ import typer
 
 from moejax.errors import BadFileError, MoejaxError
 
+from ._options import OutputOption
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
 from .bench import REPORTS, bench, new_folder
@@ -19,6 +22,7 @@ def report(
         Path | None,
         typer.Argument(metavar="DIR", help="Run folder; default: the newest under reports/."),
     ] = None,
+    output: OutputOption = OutputFormat.table,
 ) -> None:
     """Write report.md and figures/ from a run's results.json.
 
@@ -33,14 +37,16 @@ def report(
     if folder is None:
         say(f"no run under {REPORTS}/ yet: running the default bench first")
         folder = new_folder()
-        bench(out=folder)
+        # The run's table is not this command's result.
+        with contextlib.redirect_stdout(sys.stderr):
+            bench(out=folder)
     elif not (folder / _RUN_FILE).is_file():
         raise BadFileError(
             f"{folder} holds no {_RUN_FILE}", "Make a run with `moejax bench --out DIR`."
         )
     with show_progress("drawing") as progress:
         page = write_report(folder, progress=progress)
-    emit({"report": str(page), "figures": str(folder / "figures")}, OutputFormat.table)
+    emit({"report": str(page), "figures": str(folder / "figures")}, output)
 
 
 def _newest_run() -> Path | None:

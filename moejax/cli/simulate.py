@@ -156,10 +156,21 @@ def open_routing(path: Path | None, workload: str | None, seed: int) -> "Trace":
         raise UsageError("--trace and --workload exclude each other", "Give one of them.")
     if path is not None:
         return load_trace(path)
-    name = workload or default_workload
+    name = check_workload(workload or default_workload)
+    return make_trace(WORKLOADS[name], num_requests=8, tokens_per_request=256, seed=seed)
+
+
+def check_workload(name: str) -> str:
+    """The name, if a workload has it.
+
+    Raises:
+      UsageError: None has.
+    """
+    from moejax.workloads import WORKLOADS
+
     if name not in WORKLOADS:
         raise UsageError(f"--workload: {name!r} is not known", f"Known: {', '.join(WORKLOADS)}.")
-    return make_trace(WORKLOADS[name], num_requests=8, tokens_per_request=256, seed=seed)
+    return name
 
 
 def _learn(names: tuple[str, ...], routing: "Trace", path: Path | None) -> "Profile | None":

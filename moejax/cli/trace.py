@@ -10,6 +10,7 @@ from moejax.errors import UsageError
 from ._options import EXIT_CODES, OfflineOption, OutputOption, SeedOption
 from ._output import OutputFormat, emit
 from ._progress import say
+from .simulate import check_workload
 
 if TYPE_CHECKING:
     from moejax.trace import Trace
@@ -57,7 +58,7 @@ def import_(
     from moejax.cards import load_model
     from moejax.trace import import_trace, save_trace
 
-    target = _target(out or source.with_suffix(_SUFFIX))
+    target = None if out is None else _target(out)
     spec = load_model(model, offline=offline) if model else None
     if num_experts is None and spec is not None:
         num_experts = spec.num_experts
@@ -68,6 +69,7 @@ def import_(
         source=origin,
         licence=licence,
     )
+    target = target or source.with_suffix(_SUFFIX)
     save_trace(trace, target)
     _say_warnings(trace)
     emit({"file": str(target), **_summary(trace)}, output)
@@ -96,12 +98,8 @@ def make(
     from moejax.workloads import WORKLOADS, make_trace
 
     target = _target(out)
-    if workload not in WORKLOADS:
-        raise UsageError(
-            f"--workload: {workload!r} is not known", f"Known: {', '.join(WORKLOADS)}."
-        )
     trace = make_trace(
-        WORKLOADS[workload],
+        WORKLOADS[check_workload(workload)],
         num_requests=num_requests,
         tokens_per_request=tokens_per_request,
         seed=seed,

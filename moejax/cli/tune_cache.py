@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moejax.errors import UsageError
-from moejax.units import format_bytes, format_ratio, format_seconds, parse_bytes
+from moejax.units import format_bytes, format_ratio, format_seconds
 
 from ._options import (
     DEFAULT_HARDWARE,
@@ -19,6 +19,7 @@ from ._options import (
     SeedOption,
     TraceOption,
     WorkloadOption,
+    parse_size,
 )
 from ._output import OutputFormat, emit
 from ._progress import say
@@ -89,7 +90,12 @@ def tune_cache(
         raise UsageError(
             f"--strategy: {strategy!r} is not known", f"Known: {', '.join(STRATEGIES)}."
         )
-    budgets = [parse_bytes(size) for size in (budget, pinned_budget, host_budget)]
+    if trace is not None and workload is not None:
+        raise UsageError("--trace and --workload exclude each other", "Give one of them.")
+    budget_bytes = parse_size(budget, "--budget")
+    pinned_bytes = parse_size(pinned_budget, "--pinned-budget")
+    host_bytes = parse_size(host_budget, "--host-budget")
+    target = None if out is None else _json_file(out)
     recorded = None if trace is None else load_trace(trace)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
@@ -98,9 +104,9 @@ def tune_cache(
         routing,
         spec,
         profile,
-        budgets[0],
-        pinned_budget_bytes=budgets[1],
-        host_budget_bytes=budgets[2],
+        budget_bytes,
+        pinned_budget_bytes=pinned_bytes,
+        host_budget_bytes=host_bytes,
         strategy=strategy,
         objective=objective,
         batch_size=batch_size,
@@ -112,9 +118,9 @@ def tune_cache(
         "workload": routing.workload,
         "trace": str(trace) if trace is not None else None,
     }
-    if out is not None:
-        write_json(_json_file(out), record)
-        say(f"wrote {out}")
+    if target is not None:
+        write_json(target, record)
+        say(f"wrote {target}")
     say(f"predicted with the profile {profile.name}: {profile.title}")
     if routing.workload:
         say(f"routing is synthetic: the workload {routing.workload!r}")

@@ -20,7 +20,7 @@ def validate(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PATH]...",
+            metavar="PATH",
             help="Traces, model cards, config.json, hardware profiles, run folders.",
             show_default=False,
         ),
@@ -42,7 +42,11 @@ def validate(
         emit(records, output, columns=("path", "kind", "ok", "problem"))
         bad = [record for record in records if not record["ok"]]
         if bad:
-            raise BadFileError(_counted(len(bad), len(records), "path", "not sound"), bad[0]["hint"])
+            many = "`moejax validate -o json` gives a hint for each."
+            raise BadFileError(
+                _counted(len(bad), len(records), "path", "not sound"),
+                bad[0]["hint"] if len(bad) == 1 else many,
+            )
         return
     with show_progress("validating") as progress:
         checks = [check._asdict() for check in check_outside_numbers(seed, progress)]

@@ -123,7 +123,9 @@ def _by_size(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sizes, geometric mean time of each, and the standard error of its logarithm."""
     if num_bytes.shape != time_s.shape or num_bytes.ndim != 1:
-        raise BadFileError(f"{num_bytes.shape} sizes do not match {time_s.shape} times")
+        raise BadFileError(
+            f"{num_bytes.shape} sizes do not match {time_s.shape} times", "Give a time per size."
+        )
     is_bad = ~(np.isfinite(num_bytes) & np.isfinite(time_s) & (num_bytes > 0) & (time_s > 0))
     if is_bad.any():
         row = int(np.argmax(is_bad))

@@ -110,7 +110,10 @@ def read_csv(path: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, s
         if not path.is_file():
             raise BadFileError(f"{path} is not a file", "Give the path of a CSV file.")
         if path.stat().st_size > _MAX_CSV_BYTES:
-            raise BadFileError(f"{path} has {path.stat().st_size} bytes: too large for a table")
+            raise BadFileError(
+                f"{path} has {path.stat().st_size} bytes: too large for a table",
+                f"At most {_MAX_CSV_BYTES} bytes are read.",
+            )
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             missing = [name for name in needed if name not in (reader.fieldnames or ())]

@@ -42,12 +42,14 @@ class Kind(NamedTuple):
     Attributes:
       label: Name in reports.
       make: Builds the strategy from what a profile taught, or from None.
+      learns: Whether a profile teaches it anything.
       needs_profile: Whether it cannot work without a profile.
       needs_lookahead: Whether it cannot work on a trace without `lookahead`.
     """
 
     label: str
     make: Callable[[Profile | None], Strategy]
+    learns: bool = False
     needs_profile: bool = False
     needs_lookahead: bool = False
 
@@ -56,9 +58,9 @@ STRATEGIES: Mapping[str, Kind] = MappingProxyType(
     {
         "on_demand": Kind("On-Demand", lambda profile: on_demand()),
         "oracle": Kind("Oracle", lambda profile: oracle()),
-        "multi_look": Kind("Multi-Look", multi_look),
-        "top_k": Kind("Top-K", lambda profile: top_k(profile), needs_profile=True),
-        "intelligent": Kind("Intelligent", intelligent),
+        "multi_look": Kind("Multi-Look", multi_look, learns=True),
+        "top_k": Kind("Top-K", lambda profile: top_k(profile), learns=True, needs_profile=True),
+        "intelligent": Kind("Intelligent", intelligent, learns=True),
         "lru": Kind("LRU", lambda profile: lru()),
         "lfu": Kind("LFU", lambda profile: lfu()),
         "fifo": Kind("FIFO", lambda profile: fifo()),

@@ -29,8 +29,9 @@ def intelligent(
       profile: Where the counts start; None starts from nothing.
       weights: Weights of the features; None takes the profile's, or else the defaults.
     """
+    if weights is None and profile is not None:
+        weights = profile.reuse_weights
     if weights is None:
-        learned = None if profile is None else profile.reuse_weights
-        weights = DEFAULT_WEIGHTS if learned is None else learned
+        weights = DEFAULT_WEIGHTS
     retention = duel(reuse(profile, weights), lru())
     return with_prefetch(retention, calibrated(transitions(profile, online=True, reach=1)))

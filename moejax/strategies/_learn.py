@@ -122,7 +122,7 @@ def _fit(
     def descend(carry, _):
         weights, memory = carry
         updates, memory = optimiser.update(jax.grad(loss)(weights), memory)
-        return (optax.apply_updates(weights, updates), memory), None
+        return (weights + updates, memory), None
 
     optimiser = optax.adam(0.1)
     weights = jnp.zeros((rows.shape[1], target.shape[1]))

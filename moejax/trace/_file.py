@@ -16,6 +16,7 @@ from ._validate import naming, validate_trace
 
 _KEY = "moejax"
 _VERSION = 1
+_HINT = "Write it anew with: moejax trace import or moejax trace make"
 _EXPERT_TYPES = (np.uint8, np.uint16)
 _TENSORS = {
     "experts": _EXPERT_TYPES,
@@ -42,9 +43,11 @@ def load_trace(path: str | Path) -> Trace:
         raise BadFileError(f"{path} has no metadata of moejax", "Run: moejax trace import FILE")
     for name, array in tensors.items():
         if array.dtype not in _TENSORS.get(name, ()):
-            raise BadFileError(f"{path}: tensor {name!r} of type {array.dtype} is not of a trace")
+            raise BadFileError(
+                f"{path}: tensor {name!r} of type {array.dtype} is not of a trace", _HINT
+            )
     if not {"experts", "request_start"} <= set(tensors):
-        raise BadFileError(f"{path} lacks the tensor experts or request_start")
+        raise BadFileError(f"{path} lacks the tensor experts or request_start", _HINT)
     # Hashing takes no less than reading everything, and validation reads it anyway.
     digest = hash_experts(tensors["experts"])
     fields = _read_metadata(path, metadata[_KEY])
@@ -53,7 +56,7 @@ def load_trace(path: str | Path) -> Trace:
             f"{path}: experts have the hash {digest[:12]}..., not {fields['sha256'][:12]}...",
             "The file was changed after it was written. Import or make it anew.",
         )
-    with naming(path):
+    with naming(path, _HINT):
         trace = Trace(**tensors, **fields)
         validate_trace(trace)
     return trace
@@ -103,9 +106,9 @@ def _read_metadata(path: Path, text: Any) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadFileError(f"{path}: the metadata of moejax is no JSON") from error
+        raise BadFileError(f"{path}: the metadata of moejax is no JSON", _HINT) from error
     if not isinstance(fields, dict):
-        raise BadFileError(f"{path}: the metadata of moejax is no table")
+        raise BadFileError(f"{path}: the metadata of moejax is no table", _HINT)
     version = fields.pop("version", None)
     if version != _VERSION:
         raise BadFileError(
@@ -115,7 +118,7 @@ def _read_metadata(path: Path, text: Any) -> dict[str, Any]:
     expected = {*_TEXTS, "num_experts", "is_router_order", "workload", "warnings"}
     if set(fields) != expected:
         odd = ", ".join(sorted(set(fields) ^ expected))
-        raise BadFileError(f"{path}: fields of the metadata are missing or unknown: {odd}")
+        raise BadFileError(f"{path}: fields of the metadata are missing or unknown: {odd}", _HINT)
     warnings = fields["warnings"]
     is_sound = (
         all(isinstance(fields[key], str) for key in _TEXTS)
@@ -126,5 +129,5 @@ def _read_metadata(path: Path, text: Any) -> dict[str, Any]:
         and all(isinstance(warning, str) for warning in warnings)
     )
     if not is_sound:
-        raise BadFileError(f"{path}: a field of the metadata has the wrong kind of value")
+        raise BadFileError(f"{path}: a field of the metadata has the wrong kind of value", _HINT)
     return {**fields, "warnings": tuple(warnings)}

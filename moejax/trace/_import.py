@@ -48,10 +48,12 @@ def import_trace(
       BadFileError: The file is unreadable, of none of these formats, or inconsistent.
     """
     if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
-        raise UsageError(f"{num_experts} experts are not between 1 and {MAX_EXPERTS}")
+        raise UsageError(
+            f"{num_experts} experts are not between 1 and {MAX_EXPERTS}", "Give another number."
+        )
     path = Path(path)
     reader = {"npz": read_npz, "jsonl": read_jsonl, "csv": read_csv}[_format(path)]
-    with naming(path):
+    with naming(path, "`moejax trace import --help` says what a recording holds."):
         trace = reader(path, model, num_experts, source or f"imported from {path.name}", licence)
         validate_trace(trace)
     return trace

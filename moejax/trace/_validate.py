@@ -39,12 +39,12 @@ def validate_trace(trace: Trace) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the name of the file in front of what is wrong with the trace in it."""
+def naming(path: Path, hint: str) -> Iterator[None]:
+    """Puts the file's name in front of what is wrong with it, and a cure where none is given."""
     try:
         yield
     except BadFileError as error:
-        raise BadFileError(f"{path}: {error.cause}", error.hint) from error
+        raise BadFileError(f"{path}: {error.cause}", error.hint or hint) from error
 
 
 def _check_requests(trace: Trace) -> None:

@@ -11,6 +11,7 @@ from ._plan import tune as tune
 from ._problem import TierNumbers as TierNumbers
 from ._problem import TierProblem as TierProblem
 from ._problem import tier_problem as tier_problem
+from ._step import Objective as Objective
 from ._step import Prediction as Prediction
 from ._step import Split as Split
 from ._step import predict as predict

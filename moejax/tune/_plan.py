@@ -165,7 +165,7 @@ def tune(problem: TierProblem, objective: Objective = "latency", seed: int = 0) 
     if objective == "p99" and problem.numbers.sample_misses is None:
         raise UsageError(
             "a 99th percentile needs the misses of single steps and only their mean was given",
-            "Tune from a trace, or use --objective latency.",
+            "Only the closed form of lru has them: use --strategy lru, or --objective latency.",
         )
     # A percentile does not add up over layers: there the exact search is of the mean.
     exact_objective: Objective = "latency" if objective == "p99" else objective

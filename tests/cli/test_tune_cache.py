@@ -1,0 +1,147 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from moejax import cli
+from moejax.cards import load_hardware, load_model
+from moejax.trace import load_trace, save_trace
+
+from ._tiny import NUM_LAYERS, make_trace
+
+FIELDS = {
+    *("budget_bytes", "used_bytes", "model", "hardware", "strategy", "tiers", "step_latency_s"),
+    *("hit_ratio", "fetched_bytes", "uniform_step_latency_s", "optimum_gap_ratio"),
+    *("marginal_s_per_100mb", "warnings"),
+}
+EXPERT_BYTES = 17_301_504
+
+
+@pytest.fixture
+def tune(capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(["tune-cache", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tune") / "t.safetensors"
+    save_trace(make_trace(), path)
+    return path
+
+
+@pytest.mark.parametrize(("budget", "most_slots"), [("0.1GB", 5), ("2GB", 115), ("20GB", 1155)])
+def test_a_budget_buys_what_fits_and_no_worse_than_uniform(tune, budget, most_slots):
+    code, out, err = tune("--budget", budget, "-o", "json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert set(plan) >= FIELDS
+    assert (plan["model"], plan["hardware"]) == ("qwen1.5-moe-a2.7b", "rtx-3090")
+    assert [tier["memory"] for tier in plan["tiers"]] == ["device", "pinned", "pageable"]
+    device = plan["tiers"][0]
+    assert set(device) == {"name", "memory", "capacity_bytes", "experts_per_layer"}
+    assert len(device["experts_per_layer"]) == 24
+    assert sum(device["experts_per_layer"]) <= most_slots
+    assert device["capacity_bytes"] == sum(device["experts_per_layer"]) * EXPERT_BYTES
+    assert device["capacity_bytes"] == plan["used_bytes"] <= plan["budget_bytes"]
+    assert plan["step_latency_s"] <= plan["uniform_step_latency_s"]
+    assert plan["optimum_gap_ratio"] <= 0.01
+    assert plan["marginal_s_per_100mb"] <= 0
+    assert plan["workload"] == "qwen1.5-moe"
+    assert "predicted with the profile rtx-3090" in err
+    assert "routing is synthetic" in err
+
+
+def test_the_whole_budget_is_used(tune):
+    _, out, _ = tune("--budget", "2GB", "-o", "json")
+    plan = json.loads(out)
+    assert plan["used_bytes"] == 115 * EXPERT_BYTES
+    assert plan["hit_ratio"] == pytest.approx(0.21, abs=0.03)
+
+
+def test_dense_weights_share_the_budget_or_refuse_with_the_smallest(tune):
+    code, out, err = tune("--budget", "2GB", "--include-dense")
+    assert (code, out) == (3, "")
+    smallest_bytes = int(err.split("smallest feasible budget is ")[1].split()[0])
+    assert smallest_bytes > load_model("qwen1.5-moe-a2.7b").dense_bytes
+    assert tune("--budget", f"{smallest_bytes - 1}B", "--include-dense")[0] == 3
+    code, out, _ = tune("--budget", f"{smallest_bytes}B", "--include-dense", "-o", "json")
+    assert code == 0
+    plan = json.loads(out)
+    assert smallest_bytes - EXPERT_BYTES < plan["used_bytes"] <= smallest_bytes
+
+
+def test_a_recorded_trace_is_tuned_for_its_own_model(tune, trace):
+    arguments = ("--budget", "2MB", "--trace", str(trace), "-o", "json")
+    code, out, err = tune(*arguments)
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["model"] == "tiny-moe"
+    assert plan["workload"] is None
+    assert plan["trace"] == str(trace)
+    assert len(plan["tiers"][0]["experts_per_layer"]) == NUM_LAYERS
+    assert "synthetic" not in err
+    assert tune(*arguments)[1] == out
+
+
+def test_another_strategy_is_tuned_on_requests_it_did_not_learn_from(tune, trace):
+    code, out, err = tune(
+        "--budget", "2MB", "--trace", str(trace), "--strategy", "lfu", "-o", "json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["strategy"] == "lfu"
+
+
+def test_numbers_are_those_of_the_library(tune, trace):
+    from moejax.cli._tuning import make_plan
+
+    _, out, _ = tune("--budget", "2MB", "--trace", str(trace), "--objective", "bytes", "-o", "json")
+    plan = make_plan(
+        load_trace(trace),
+        load_model("tiny-moe"),
+        load_hardware("rtx-3090"),
+        2_000_000,
+        objective="bytes",
+    )
+    assert json.loads(out).items() >= json.loads(json.dumps(plan.to_json())).items()
+
+
+def test_the_plan_is_stored(tune, trace, tmp_path):
+    path = tmp_path / "plan.json"
+    code, out, err = tune(
+        "--budget", "2MB", "--trace", str(trace), "--out", str(path), "-o", "json"
+    )
+    assert code == 0
+    assert json.loads(path.read_text()) == json.loads(out)
+    assert f"wrote {path}\n" in err
+
+
+def test_other_formats(tune, trace):
+    arguments = ("--budget", "2MB", "--trace", str(trace), "-o")
+    plan = json.loads(tune(*arguments, "jsonl")[1])
+    (row,) = csv.DictReader(io.StringIO(tune(*arguments, "csv")[1]))
+    assert float(row["step_latency_s"]) == plan["step_latency_s"]
+    assert json.loads(row["tiers"]) == plan["tiers"]
+    assert tune(*arguments, "md")[1].startswith("| field | value |")
+    table = tune(*arguments, "table")[1]
+    for words in ("tiny-moe, lru, on NVIDIA RTX 3090", "step latency", "used of the budget", "L1"):
+        assert words in table
+
+
+def test_flag_before_variable_before_file(tune, trace, tmp_path, monkeypatch):
+    def budget_bytes(*arguments: str) -> int:
+        code, out, err = tune("--trace", str(trace), *arguments, "-o", "json")
+        assert code == 0, err
+        return json.loads(out)["budget_bytes"]
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moejax.toml").write_text("[tune-cache]\nbudget = '1MB'\n")
+    assert budget_bytes() == 10**6
+    monkeypatch.setenv("MOEJAX_TUNE_CACHE_BUDGET", "1MiB")
+    assert budget_bytes() == 2**20
+    assert budget_bytes("--budget", "3MB") == 3 * 10**6

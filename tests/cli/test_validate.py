@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from moejax import cli
+from moejax.cards import models_dir
+from moejax.cli import _outside
+from moejax.trace import save_trace
+
+from ._tiny import make_trace
+
+FIELDS = ["check", "expected", "ours", "tolerance", "ok", "source"]
+
+
+@pytest.fixture
+def validate(capsys):
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        code = cli.main(["validate", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("validate") / "t.safetensors"
+    save_trace(make_trace(), path)
+    return path
+
+
+def test_sound_files_are_told_apart(validate, trace, tmp_path, capsys):
+    card = models_dir() / "tiny-moe.toml"
+    profile = models_dir() / "hardware" / "h100.toml"
+    folder = tmp_path / "run"
+    bench = f"bench --trace {trace} --no-measure --quick --strategies on_demand --batch-sizes 1"
+    assert cli.main([*bench.split(), "--runs", "1", "--slots", "0", "--out", str(folder)]) == 0
+    paths = [trace, card, profile, folder, folder / "results.json"]
+    capsys.readouterr()
+    code, out, err = validate(*paths, "-o", "json")
+    assert (code, err) == (0, "")
+    records = json.loads(out)
+    kinds = ["trace", "model", "hardware", "run", "run"]
+    assert [(record["path"], record["kind"]) for record in records] == [
+        (str(path), kind) for path, kind in zip(paths, kinds, strict=True)
+    ]
+    assert all(record["ok"] and record["problem"] is None for record in records)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "problem"),
+    [
+        ("t.safetensors", b"\x00" * 9, "trace", "does not begin like a safetensors file"),
+        ("card.toml", b"[config]\nhidden_size = 1", "model", "lacks 'name'"),
+        ("card.toml", b"[constants.vram_bytes]\nvalue = nan", "hardware", "lacks 'unit'"),
+        ("card.toml", b"[constants", None, "cannot be read"),
+        ("other.toml", b"a = 1", None, "neither [config] nor [constants]"),
+        ("config.json", b'{"model_type": "gpt2"}', "model", "gpt2"),
+        ("profile.json", b'{"constants": {}}', "hardware", "no [constants.NAME] tables"),
+        ("results.json", b'{"schema": "moejax.bench/0"}', "run", "'moejax.bench/0'"),
+        ("results.json", b"{", "run", "is not JSON"),
+        ("t.npz", b"PK", None, "no ending that tells what it is"),
+    ],
+)
+def test_a_bad_file_is_reported_beside_the_good(
+    validate, trace, tmp_path, name, content, kind, problem
+):
+    path = tmp_path / name
+    path.write_bytes(content)
+    code, out, err = validate(path, trace, "-o", "json")
+    assert code == 4
+    bad, good = json.loads(out)
+    assert (bad["path"], bad["kind"], bad["ok"]) == (str(path), kind, False)
+    assert problem in bad["problem"]
+    assert good["ok"]
+    assert err == f"error: 1 of 2 paths is not sound\n\nhint: {bad['hint']}\n"
+
+
+def test_a_folder_is_a_run_or_a_checkpoint(validate, tmp_path):
+    code, out, err = validate(tmp_path, tmp_path / "none", "-o", "json")
+    assert code == 4
+    assert "neither results.json nor config.json" in json.loads(out)[0]["problem"]
+    assert "does not exist" in json.loads(out)[1]["problem"]
+    assert "error: 2 of 2 paths are not sound" in err
+    config = {"model_type": "mixtral", "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = validate(tmp_path, "-o", "json")
+    assert (code, json.loads(out)[0]["kind"]) == (4, "model")
+
+
+def test_a_table_says_what_is_wrong(validate, tmp_path):
+    code, out, _ = validate(models_dir() / "olmoe-1b-7b.toml", tmp_path / "none.toml")
+    assert code == 4
+    assert all(word in out for word in ("olmoe-1b-7b", "model", "yes", "no", "not a file"))
+
+
+def test_our_numbers_agree_with_outside_ones(validate):
+    code, out, err = validate("-o", "json")
+    assert code == 0, err
+    checks = json.loads(out)
+    assert all(list(check) == FIELDS for check in checks)
+    assert all(check["ok"] and check["source"] for check in checks)
+    assert err == f"all {len(checks)} checks hold\n"
+    by_name = {check["check"]: check for check in checks}
+    assert by_name["experts that 2GB hold"]["ours"] == 115
+    for strategy, slots, expected in [
+        *(("lru", slots, ratio) for slots, ratio in zip(SLOTS, LRU, strict=True)),
+        *(("lfu", slots, ratio) for slots, ratio in zip(SLOTS, LFU, strict=True)),
+        *(("oracle", slots, ratio) for slots, ratio in zip(SLOTS, BELADY, strict=True)),
+    ]:
+        check = by_name[f"qwen1.5-moe: {strategy}, hit ratio with {slots} slots a layer"]
+        assert check["expected"] == expected
+        assert abs(check["ours"] - expected) <= check["tolerance"] == 0.03
+
+
+SLOTS = (4, 8, 16, 30, 45)
+LRU = (0.19, 0.28, 0.43, 0.65, 0.86)
+LFU = (0.14, 0.24, 0.40, 0.65, 0.86)
+BELADY = (0.39, 0.53, 0.70, 0.86, 0.95)
+"""Published curves as arXiv:2505.16056 shows them."""
+
+
+def test_a_miss_is_a_failure(validate, monkeypatch):
+    """The all-miss ceiling of another link than the published one."""
+    monkeypatch.setattr(_outside, "_LINK_BYTES_PER_S", 13e9)
+    monkeypatch.setattr(_outside, "_check_workload", lambda seed: iter(()))
+    code, out, err = validate("-o", "json")
+    assert code == 1
+    missed = [check for check in json.loads(out) if not check["ok"]]
+    assert [check["check"] for check in missed] == ["all-miss ceiling at 26 GB/s, tokens/s"]
+    assert "error: 1 of " in err
+    assert "hint: " in err
+
+
+def test_help_names_the_codes(validate):
+    code, out, _ = validate("--help")
+    assert code == 0
+    assert "Example: moejax validate" in out
