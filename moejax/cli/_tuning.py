@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, cast
 
+from moejax.units import parse_bytes
+
 if TYPE_CHECKING:
     from moejax.cards import Hardware, ModelSpec
     from moejax.simulate import HitCurve
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
 
 _SAMPLE_STEPS = 1024
 _MAX_STEPS = 4096
-DEFAULT_PINNED, DEFAULT_HOST = "8GB", "32GB"
+DEFAULT_PINNED, DEFAULT_HOST = "32GB", "64GB"
 
 
 def make_plan(
@@ -19,8 +21,8 @@ def make_plan(
     hardware: "Hardware",
     budget_bytes: int,
     *,
-    pinned_budget_bytes: int = 8 * 10**9,
-    host_budget_bytes: int = 32 * 10**9,
+    pinned_budget_bytes: int = parse_bytes(DEFAULT_PINNED),
+    host_budget_bytes: int = parse_bytes(DEFAULT_HOST),
     strategy: str = "lru",
     objective: str = "latency",
     batch_size: int = 1,

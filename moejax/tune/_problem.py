@@ -26,8 +26,9 @@ from moejax.cost import (
 from moejax.errors import InfeasibleBudgetError, UsageError
 from moejax.units import format_bytes
 
-DEFAULT_PINNED_BYTES = 8 * 10**9
-DEFAULT_HOST_BYTES = 32 * 10**9
+# What a desktop with 64 GB can pin, and what a larger one can hold besides.
+DEFAULT_PINNED_BYTES = 32 * 10**9
+DEFAULT_HOST_BYTES = 64 * 10**9
 
 _MAX_LANDING = 16
 # More steps make the p99 objective slow: 512 take about 8 s on two cores.
