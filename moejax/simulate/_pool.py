@@ -48,10 +48,7 @@ def pool(
     if marks is None:
         marks = Marks(np.ones(num_steps, bool), np.zeros(num_steps, bool))
     weight = np.ones(num_layers) if weight is None else np.asarray(weight)
-    # Sizes in units of their greatest common divisor stay exact in 32 bits.
-    unit = int(np.gcd.reduce(weight.astype(np.int64)))
-    units = (weight // unit).astype(np.int32)
-    limits = np.minimum(np.asarray(capacities) // unit, 2**30).astype(np.int32)
+    units, limits = _in_32_bits(weight, np.asarray(capacities), replay.demand.shape[-1])
     shape = cache_shape(replay.demand, topk)
     resets = bool(marks.is_reset.any())
     carry = None
@@ -67,7 +64,21 @@ def pool(
         total += np.asarray(counts)
         used = (np.asarray(replay.demand[start:stop]) > 0).sum(-1)
         demands += [used.sum(0), used[marks.is_decode[start:stop]].sum(0)]
-    return Counts(*total, *demands)
+    return Counts(total[0], total[1], total[2], demands[0], demands[1])
+
+
+def _in_32_bits(
+    weight: Int[np.ndarray, " layers"], capacities: Int[np.ndarray, " capacities"], num_experts: int
+) -> tuple[Int[np.ndarray, " layers"], Int[np.ndarray, " capacities"]]:
+    """Sizes and capacities in a common unit, small enough that sums fit 32 bits.
+
+    The unit is the greatest common divisor, and the counts exact, unless all experts together
+    are more than 2**30 of it; then sizes are rounded up, so that a pool is never overfilled.
+    """
+    weight = weight.astype(np.int64)
+    unit = max(int(np.gcd.reduce(weight)), -(-num_experts * int(weight.sum()) // 2**30))
+    limits = np.minimum(capacities // unit, 2**30)
+    return (-(-weight // unit)).astype(np.int32), limits.astype(np.int32)
 
 
 class _Pool(NamedTuple):
@@ -166,7 +177,7 @@ def fitting_prefix(
 
 def _sortable(score: Float[Array, " experts"]) -> Array:
     """Unsigned integers in the order of the scores."""
-    # Adding zero turns -0.0 into 0.0, which compares equal and must look equal.
-    bits = jax.lax.bitcast_convert_type(score + 0.0, jnp.uint32)
+    # -0.0 equals 0.0 and must look equal; XLA would drop an addition of zero.
+    bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(0x80000000))

@@ -110,7 +110,7 @@ def ranks(
         total += np.asarray(counts)
         used = (np.asarray(replay.demand[start:stop]) > 0).sum(-1)
         demands += [used.sum(0), used[marks.is_decode[start:stop]].sum(0)]
-    return Counts(*total, *demands)
+    return Counts(total[0], total[1], total[2], demands[0], demands[1])
 
 
 def marks_between(marks: Marks, start: int, stop: int) -> Marks:

@@ -68,7 +68,9 @@ def _ranked(
     return said[..., :num_experts]
 
 
-def cache_shape(demand: Shaped[Array, "steps layers experts"], topk: int) -> CacheShape:
+def cache_shape(
+    demand: Shaped[np.ndarray | Array, "steps layers experts"], topk: int
+) -> CacheShape:
     """The static sizes of a replay, with prefetch at most `MAX_DEPTH` layers ahead."""
     _, num_layers, num_experts = demand.shape
     return CacheShape(num_layers, num_experts, topk, min(MAX_DEPTH, num_layers - 1))
@@ -114,7 +116,9 @@ def moments(replay: Replay, start: int = 0, stop: int | None = None) -> Moment:
     )
 
 
-def _rows(table: Shaped[Array, "steps ..."], start: int, stop: int, filling: int) -> Array:
+def _rows(
+    table: Shaped[np.ndarray | Array, "steps ..."], start: int, stop: int, filling: int
+) -> Array:
     """Rows `start` to `stop`, filled up where they lie outside the table."""
     inside = jnp.asarray(table[max(start, 0) : max(min(stop, len(table)), 0)])
     above, below = max(-start, 0), max(stop - max(len(table), start), 0)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int, Shaped
 
 from moejax.cost import LayerClock
 from moejax.simulate._pool import pool
@@ -136,8 +136,11 @@ def _means(record: Record, size, copy_s) -> dict[str, float]:
     }
 
 
-def by_target(num_prefetches: np.ndarray) -> np.ndarray:
+def by_target(
+    num_prefetches: Shaped[np.ndarray | Array, "steps layers depth"],
+) -> Shaped[np.ndarray, "steps layers"]:
     """[steps, layers, depth] by issuing layer -> [steps, layers] by the layer aimed at."""
+    num_prefetches = np.asarray(num_prefetches)
     depth = num_prefetches.shape[-1]
     rolled = [np.roll(num_prefetches[..., d], d + 1, axis=1) for d in range(depth)]
     return np.sum(rolled, axis=0) if rolled else num_prefetches.sum(-1)

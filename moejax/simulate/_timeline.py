@@ -151,7 +151,9 @@ def _serve(
     resident, fresh = cache.resident[layer], cache.fresh[layer]
     demanded = access.demand > 0
     index = jnp.arange(shape.num_experts)
-    on_wire = (cache.busy_s > 0) & (layer == cache.wire_layer) & (index == cache.wire_expert)
+    # A prefetch that lost its slot on the way is a miss, even if its copy is not through yet.
+    on_wire = resident & (layer == cache.wire_layer) & (index == cache.wire_expert)
+    on_wire = on_wire & (cache.busy_s > 0)
     if fixed_prefetches is not None:
         on_wire = jnp.zeros_like(on_wire)
     late = demanded & on_wire
@@ -212,14 +214,17 @@ def _serve(
 def _compute_s(clock: LayerClock, layer, demand, chosen) -> Float[Array, ""]:
     num_tokens = jnp.where(chosen, demand, 0).sum()
     read_s, token_s = clock.expert_read_s[layer], clock.expert_token_s[layer]
-    return expert_compute_s(read_s, token_s, chosen.sum(), num_tokens)
+    return jnp.asarray(expert_compute_s(read_s, token_s, chosen.sum(), num_tokens))
 
 
 def _cheaper_on_host(miss, busy_s, copy_s, host_s) -> Bool[Array, " experts"]:
-    """The misses left to the host when link and host share them so that both end together."""
+    """The misses left to the host when link and host share them so that the later ends soonest."""
     num_misses = miss.sum()
-    num_copied = jnp.round((num_misses * host_s - busy_s) / (copy_s + host_s))
-    return miss & (jnp.cumsum(miss) > jnp.clip(num_copied, 0, num_misses))
+    num_copied = jnp.arange(len(miss) + 1)
+    link_s = jnp.where(num_copied > 0, busy_s + num_copied * copy_s, 0.0)
+    ends_s = jnp.maximum(link_s, (num_misses - num_copied) * host_s)
+    best = jnp.argmin(jnp.where(num_copied <= num_misses, ends_s, jnp.inf))
+    return miss & (jnp.cumsum(miss) > best)
 
 
 class _Queue(NamedTuple):

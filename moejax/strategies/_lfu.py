@@ -20,7 +20,7 @@ def lfu() -> Strategy:
     """Least frequently used, with perfect counts: an evicted expert keeps its count.
 
     Returns:
-      A `Strategy` whose `keep_score` is the count plus `1 / (1 + idle steps)`, a fraction that
+      A `Strategy` whose `keep_score` is the count plus `0.5 / (1 + idle events)`, a fraction that
       puts the more recent first among equals.
 
     Reference:

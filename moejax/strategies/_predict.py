@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moejax.strategies._base import Access, CacheShape
 from moejax.strategies._profile import Profile
@@ -90,16 +90,16 @@ def transitions(
 
 
 class GateState(NamedTuple):
-    """Experts a token demands, one number a layer."""
+    """A gate has no memory; one number a layer stands for its state."""
 
-    topk: Float[Array, "*layers"]
+    nothing: Int[Array, "*layers"]
 
 
 def gate() -> Predictor:
     """The next layers' own gates, applied early to this layer's hidden state.
 
     Reads `access.lookahead`, in which 1 stands for the most probable expert and lower numbers
-    for the ranks below it; the first `topk` ranks are predicted, surely until calibrated.
+    for the ranks below it, and takes these for probabilities: wrap it with `calibrated`.
 
     Reference:
       Eliseev, Mazur, "Fast inference of mixture-of-experts language models with offloading",
@@ -107,7 +107,7 @@ def gate() -> Predictor:
     """
 
     def init(shape: CacheShape) -> GateState:
-        return GateState(jnp.full(shape.num_layers, float(shape.topk)))
+        return GateState(jnp.zeros(shape.num_layers, jnp.int32))
 
     def step(state: GateState, access: Access):
         return state, access.lookahead
