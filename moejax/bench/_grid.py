@@ -163,7 +163,7 @@ def summarise(
     latency_s = (counted.compute_s + counted.stall_s).sum(-1)
     num_prefetches = by_target(counted.num_prefetches)
     num_fetched = counted.num_misses - counted.num_on_host + num_prefetches
-    wasted = num_prefetches.sum(0) - counted.num_useful.sum(0)
+    num_wasted = by_target(counted.num_wasted, nearest=0)
     demands = counted.num_demands.sum()
     # Wherever a demanded expert is not kept, its bytes stream through a staging place.
     occupied = np.asarray(record.num_resident, np.float64) @ size
@@ -186,7 +186,7 @@ def summarise(
         "hit_ratio": float(counted.num_hits.sum() / max(1, demands)),
         "late_ratio": float(counted.num_late.sum() / max(1, demands)),
         "fetched_bytes": float((num_fetched @ size).sum() / num_steps),
-        "wasted_bytes": float(max(0.0, wasted @ size) / num_steps),
+        "wasted_bytes": float((num_wasted @ size).sum() / num_steps),
         "stall_s": float(counted.stall_s.sum() / num_steps),
         "compute_s": float(counted.compute_s.sum() / num_steps),
         "transfer_s": float((num_fetched @ np.asarray(clock.copy_s, np.float64)).sum() / num_steps),

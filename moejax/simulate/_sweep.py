@@ -122,7 +122,7 @@ def _means(record: Record, size, copy_s) -> dict[str, float]:
     latency_s = (record.compute_s + record.stall_s).sum(-1)
     num_prefetches = by_target(record.num_prefetches)
     num_fetched = record.num_misses - record.num_on_host + num_prefetches
-    wasted = num_prefetches.sum(0) - record.num_useful.sum(0)
+    num_wasted = by_target(record.num_wasted, nearest=0)
     return {
         "step_latency_s": float(latency_s.mean()),
         "p99_latency_s": float(np.percentile(latency_s, 99)),
@@ -132,15 +132,22 @@ def _means(record: Record, size, copy_s) -> dict[str, float]:
         "timed_hit_ratio": float(record.num_hits.sum() / demands),
         "late_ratio": float(record.num_late.sum() / demands),
         "fetched_bytes": float((num_fetched @ size).sum() / num_steps),
-        "wasted_bytes": float(wasted @ size / num_steps),
+        "num_prefetches": int(num_prefetches.sum()),
+        "wasted_bytes": float((num_wasted @ size).sum() / num_steps),
     }
 
 
 def by_target(
-    num_prefetches: Shaped[np.ndarray | Array, "steps layers depth"],
+    counts: Shaped[np.ndarray | Array, "steps layers ahead"], *, nearest: int = 1
 ) -> Shaped[np.ndarray, "steps layers"]:
-    """[steps, layers, depth] by issuing layer -> [steps, layers] by the layer aimed at."""
-    num_prefetches = np.asarray(num_prefetches)
-    depth = num_prefetches.shape[-1]
-    rolled = [np.roll(num_prefetches[..., d], d + 1, axis=1) for d in range(depth)]
-    return np.sum(rolled, axis=0) if rolled else num_prefetches.sum(-1)
+    """Counts of layers ahead, by the layer they are about instead of the one that counted.
+
+    Args:
+      counts: The last axis is how many layers ahead, from `nearest` on.
+      nearest: 0 where the first column is the counting layer itself.
+    """
+    counts = np.asarray(counts)
+    rolled = [
+        np.roll(counts[..., column], nearest + column, axis=1) for column in range(counts.shape[-1])
+    ]
+    return np.sum(rolled, axis=0) if rolled else counts.sum(-1)

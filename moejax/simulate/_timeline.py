@@ -37,6 +37,8 @@ class Record(NamedTuple):
       num_on_host: Misses computed on the host instead of copied.
       num_prefetches: Prefetches issued, by how many layers ahead they aimed.
       num_useful: Prefetched experts demanded for the first time since.
+      num_wasted: Prefetched experts that lost their slot undemanded: this layer's own, then those
+        of the layers ahead that made room for a prefetch.
       num_resident: Slots in use after the event.
       compute_s: Attention, shared and routed expert time.
       stall_s: Waiting for the link that no compute hid.
@@ -49,6 +51,7 @@ class Record(NamedTuple):
     num_on_host: Int[Array, "*lanes steps layers"]
     num_prefetches: Int[Array, "*lanes steps layers depth"]
     num_useful: Int[Array, "*lanes steps layers"]
+    num_wasted: Int[Array, "*lanes steps layers 1+depth"]
     num_resident: Int[Array, "*lanes steps layers"]
     compute_s: Float[Array, "*lanes steps layers"]
     stall_s: Float[Array, "*lanes steps layers"]
@@ -190,9 +193,9 @@ def _serve(
         fresh=cache.fresh.at[layer].set(fresh & kept & ~demanded),
         busy_s=link_free_s,
     )
-    num_prefetches = jnp.zeros(shape.depth, jnp.int32)
+    num_prefetches = num_spoiled = jnp.zeros(shape.depth, jnp.int32)
     if decision.prefetch_probability is not None and shape.depth:
-        cache, num_prefetches = _prefetch(
+        cache, num_prefetches, num_spoiled = _prefetch(
             cache, access, decision.prefetch_probability, clock, shape, gap_s, fixed_prefetches
         )
     cache = cache._replace(busy_s=jnp.maximum(cache.busy_s - gap_s, 0.0))
@@ -204,6 +207,7 @@ def _serve(
         num_on_host=on_host.sum(),
         num_prefetches=num_prefetches,
         num_useful=(fresh & demanded).sum(),
+        num_wasted=jnp.append((fresh & ~demanded & ~kept).sum(), num_spoiled),
         num_resident=kept.sum(),
         compute_s=compute_s + jnp.where(is_last, clock.step_fixed_s, 0.0),
         stall_s=wait_s - hidden_s,
@@ -235,6 +239,7 @@ class _Queue(NamedTuple):
     fresh: Bool[Array, "depth experts"]
     link_free_s: Float[Array, ""]
     num_issued: Int[Array, " depth"]
+    num_spoiled: Int[Array, " depth"]
     last: Int[Array, " 2"]
     gain: Float[Array, ""]
     choice: Int[Array, " 2"]
@@ -249,7 +254,7 @@ def _prefetch(
     shape: CacheShape,
     gap_s: Float[Array, ""],
     fixed_prefetches: int | None,
-) -> tuple[_Cache, Int[Array, " depth"]]:
+) -> tuple[_Cache, Int[Array, " depth"], Int[Array, " depth"]]:
     """Issues the prefetches that start before the next demand is known and pay for themselves."""
     ahead = (access.layer + 1 + jnp.arange(shape.depth)) % shape.num_layers
     copy_s = clock.copy_s[ahead]
@@ -289,6 +294,7 @@ def _prefetch(
                 fresh=(queue.fresh & ~leaving) | entering,
                 link_free_s=queue.link_free_s + copy_s[row],
                 num_issued=queue.num_issued + here[:, 0],
+                num_spoiled=queue.num_spoiled + (leaving & queue.fresh).any(-1),
                 last=queue.choice,
             )
         )
@@ -302,6 +308,7 @@ def _prefetch(
             fresh=cache.fresh[ahead],
             link_free_s=cache.busy_s,
             num_issued=jnp.zeros(shape.depth, jnp.int32),
+            num_spoiled=jnp.zeros(shape.depth, jnp.int32),
             last=wire,
             gain=jnp.zeros((), jnp.float32),
             choice=jnp.stack([zero, zero]),
@@ -320,7 +327,7 @@ def _prefetch(
         wire_layer=jnp.where(any_issued, ahead[queue.last[0]], cache.wire_layer),
         wire_expert=jnp.where(any_issued, queue.last[1], cache.wire_expert),
     )
-    return cache, queue.num_issued
+    return cache, queue.num_issued, queue.num_spoiled
 
 
 def _clocked_price(probability, lost, copy_s, link_free_s, gap_s):

@@ -85,6 +85,7 @@ def plain_timeline(demand, clock, slots, table=None):
         order = sorted(resident[layer] | demanded, key=lambda e: (-worth[layer].get(e, -1), e))
         resident[layer] = set(order[: slots[layer]])
         waiting[layer] = {}
+        wasted = [len(set(unused[layer]) - resident[layer])] + [0] * depth
         unused[layer] = {e: True for e in unused[layer] if e in resident[layer]}
         num_resident = len(resident[layer])
         demand_s, now_s = now_s, now_s + first_s + then_s + stall_s + ending_s
@@ -97,7 +98,7 @@ def plain_timeline(demand, clock, slots, table=None):
             link_free_s = queued + clock["copy_s"][target]
             landed_s[target, expert] = link_free_s
             resident[target] = (resident[target] - {victim}) | {expert}
-            unused[target].pop(victim, None)
+            wasted[1 + (target - layer - 1) % num_layers] += unused[target].pop(victim, False)
             waiting[target][expert] = unused[target][expert] = True
             issued[(target - layer - 1) % num_layers] += 1
             assert len(resident[target]) <= slots[target]
@@ -110,6 +111,7 @@ def plain_timeline(demand, clock, slots, table=None):
                 num_on_host=0,
                 num_prefetches=issued,
                 num_useful=useful,
+                num_wasted=wasted,
                 num_resident=num_resident,
                 compute_s=clock["attention_s"] + first_s + then_s + ending_s,
                 stall_s=stall_s,
@@ -149,6 +151,9 @@ def test_timeline_equals_a_plain_clock(with_table, random_experts, round_clock, 
     if with_table:
         assert found.num_late.sum() > 10
         assert 50 < found.num_useful.sum() < found.num_prefetches.sum()
+        outstanding = found.num_prefetches.sum() - found.num_useful.sum() - found.num_wasted.sum()
+        assert 0 <= outstanding <= found.num_resident[-1].sum()
+        assert found.num_wasted[..., 0].sum() > 0 < found.num_wasted[..., 1:].sum()
 
 
 def test_a_prefetch_that_was_dropped_on_the_way_is_a_miss(round_clock, run_timeline):
