@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.bench import batch_lookahead, draw_run, learn, open_requests
+from moejax.bench import batch_lookahead, draw_run, learn, open_requests, simulate_lanes
 from moejax.cards import load_hardware, load_model
 from moejax.cost import layer_clock
 from moejax.results import capture_environment, to_plain, write_json, write_text
@@ -25,6 +25,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "reports" / "strategy-comparison"
 SLOT_RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 NUM_STEPS = 1024
 LARGEST_LOSS_RATIO = 0.01
+TURN = ("predictable", "adversarial")
+TURN_STEPS = 256
 
 
 def main() -> None:
@@ -50,6 +52,7 @@ def main() -> None:
         "num_steps": NUM_STEPS,
         "batch_size": options.batch_size,
         "records": to_plain(records),
+        "auto_off": to_plain(auto_off(options)),
     }
     write_json(options.out / "results.json", results)
     write_text(options.out / "report.md", page(results))
@@ -94,6 +97,42 @@ def compare(
     return found
 
 
+def auto_off(options: argparse.Namespace) -> list[dict[str, object]]:
+    """What adaptive strategies do when a predictable world turns against what they learned."""
+    spec = load_model(WORKLOADS["predictable"].model)
+    hardware = load_hardware(options.hardware)
+    worlds = [open_requests(None, name, spec, options.seed) for name in TURN]
+    draws = [draw_run(world, 0, num_places=1, num_steps=TURN_STEPS) for world in worlds]
+    experts = np.concatenate([batch_trace(draw, 1, num_steps=TURN_STEPS) for draw in draws])
+    said = np.concatenate([batch_lookahead(draw, 1, TURN_STEPS) for draw in draws])
+    lane = replay(experts, spec.num_experts, lookahead=said)
+    slots = np.full((1, spec.num_moe_layers), spec.num_experts // 8, np.int32)
+    clock = layer_clock(hardware, spec, batch_size=1)
+    halves = {TURN[0]: slice(0, TURN_STEPS), TURN[1]: slice(TURN_STEPS, None)}
+    found = []
+    for name in ("lru", "multi_look", "intelligent", "gate_look"):
+        strategy = STRATEGIES[name].make(learn(worlds[0]))
+        record = simulate_lanes(
+            strategy, [lane], [clock], slots, seeds=[options.seed], topk=spec.num_experts_per_tok
+        )[0]
+        step_s = (record.compute_s + record.stall_s).astype(np.float64).sum(-1)
+        for half, steps in halves.items():
+            found.append(
+                {
+                    "strategy": name,
+                    "routing": half,
+                    "slots": int(slots[0, 0]),
+                    "num_steps": TURN_STEPS,
+                    "step_latency_s": step_s[steps].mean(),
+                    "prefetches_per_step": record.num_prefetches[steps].sum() / TURN_STEPS,
+                }
+            )
+    plain_s = {r["routing"]: r["step_latency_s"] for r in found if r["strategy"] == "lru"}
+    for record in found:
+        record["over_lru_ratio"] = record["step_latency_s"] / plain_s[record["routing"]] - 1
+    return found
+
+
 def page(results: dict) -> str:
     """The report: a table for each routing."""
     lines = [
@@ -133,6 +172,26 @@ def page(results: dict) -> str:
                 )
                 lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
+    lines += [
+        "## Auto-off",
+        "",
+        f"{TURN_STEPS} steps of `{TURN[0]}` routing, then {TURN_STEPS} of `{TURN[1]}` in the same "
+        f"run, {results['auto_off'][0]['slots']} slots: what was learned, profile included, turns "
+        "wrong at once.",
+        "",
+        "| strategy | routing | step latency | over lru | prefetches a step |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for r in results["auto_off"]:
+        cells = (
+            f"`{r['strategy']}`",
+            r["routing"],
+            format_seconds(r["step_latency_s"]),
+            f"{100 * r['over_lru_ratio']:+.1f} %",
+            f"{r['prefetches_per_step']:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
     adaptive = [r for r in records if r["strategy"] in ("multi_look", "intelligent", "gate_look")]
     worst = max(adaptive, key=lambda r: r["over_lru_ratio"])
     verdict = "within" if worst["over_lru_ratio"] <= LARGEST_LOSS_RATIO else "ABOVE"
