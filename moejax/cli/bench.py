@@ -31,7 +31,7 @@ from ._tuning import make_plan
 from .simulate import check_workload, open_routing
 
 if TYPE_CHECKING:
-    from moejax.cards import ModelSpec
+    from moejax.cards import Hardware, ModelSpec
     from moejax.trace import Trace
 
 REPORTS = Path("reports")
@@ -224,11 +224,22 @@ def _fit_this_machine(folder: Path, results: dict[str, Any]) -> None:
     measured = results["measured"]
     fitted = fit_profile(
         [*measured["transfer"], *measured["compute"]],
+        base=_profile_of(device),
         name="this-machine",
         title=f"measured on {device} by moejax bench",
     )
     write_text(folder / "this-machine.toml", format_profile(fitted))
     say(f"wrote {folder / 'this-machine.toml'}: a profile measured on {device}")
+
+
+def _profile_of(device: str) -> "Hardware | None":
+    """The profile of this kind of device, which supplies what was not measured; None if none."""
+    from moejax.cards import HARDWARE, load_hardware
+
+    words = device.lower().replace("-", " ").split()
+    return next(
+        (load_hardware(name) for name in HARDWARE if set(name.split("-")) <= set(words)), None
+    )
 
 
 def _means(grid: list[dict[str, Any]]) -> list[dict[str, Any]]:

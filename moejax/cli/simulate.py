@@ -114,7 +114,8 @@ def simulate(
         )
     routing = open_routing(trace, workload, seed)
     learned = _learn(names, routing, profile)
-    spec = _model(model or routing.model, routing, offline) if capacity or hardware else None
+    needs_model = bool(hardware) or (bool(capacity) and routing.expert_bytes is None)
+    spec = _model(model or routing.model, routing, offline) if needs_model else None
     size = _expert_bytes(routing, spec)
     rows, labels = _capacities(slots, capacity, scope, routing, size)
     experts = batch_trace(routing, batch_size, num_steps=max_steps)
@@ -136,6 +137,9 @@ def simulate(
         {"strategy": record["strategy"], **labels[i % len(labels)], **record}
         for i, record in enumerate(records)
     ]
+    if routing.phase is None:
+        for record in records:
+            record.pop("decode_hit_ratio", None)
     if routing.workload:
         say(f"note: synthetic routing of the workload {routing.workload!r}, not recorded")
     shown = [key for key in (*_COLUMNS, "decode_hit_ratio", *_TIMES) if key in records[0]]

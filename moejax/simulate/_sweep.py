@@ -90,7 +90,7 @@ def counted(name: str, counts: Counts, index: int, scope: str) -> dict[str, Any]
         "num_loads": num_demands - int(num_hits.sum()),
         "per_layer_hit_ratio": (num_hits / np.maximum(1, counts.num_demands)).tolist(),
     }
-    if 0 < counts.num_decode_demands.sum() < num_demands:
+    if counts.num_decode_demands.sum() > 0:
         hits = counts.num_decode_hits[:, index].sum()
         record["decode_hit_ratio"] = float(hits / counts.num_decode_demands.sum())
     return record
