@@ -104,7 +104,8 @@ def auto_off(options: argparse.Namespace) -> list[dict[str, object]]:
     worlds = [open_requests(None, name, spec, options.seed) for name in TURN]
     draws = [draw_run(world, 0, num_places=1, num_steps=TURN_STEPS) for world in worlds]
     experts = np.concatenate([batch_trace(draw, 1, num_steps=TURN_STEPS) for draw in draws])
-    said = np.concatenate([batch_lookahead(draw, 1, TURN_STEPS) for draw in draws])
+    said = [batch_lookahead(draw, 1, TURN_STEPS) for draw in draws]
+    said = np.concatenate([named for named in said if named is not None])
     lane = replay(experts, spec.num_experts, lookahead=said)
     slots = np.full((1, spec.num_moe_layers), spec.num_experts // 8, np.int32)
     clock = layer_clock(hardware, spec, batch_size=1)

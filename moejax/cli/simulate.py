@@ -67,6 +67,14 @@ def simulate(
     reset_per_request: Annotated[
         bool, typer.Option("--reset-per-request", help="Empty the cache before each request.")
     ] = False,
+    always_admit: Annotated[
+        bool,
+        typer.Option(
+            "--always-admit",
+            help="A demanded expert always enters the cache, as in classic simulators, even where "
+            "it is not worth a slot.",
+        ),
+    ] = False,
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -108,6 +116,10 @@ def simulate(
         raise UsageError(
             "--hardware times caches of each layer, not a pool", "Use --scope layer with it."
         )
+    if scope is Scope.pool and always_admit:
+        raise UsageError(
+            "--always-admit ranks the experts of each layer, not of a pool", "Use --scope layer."
+        )
     if reset_per_request and batch_size > 1:
         raise UsageError(
             f"--reset-per-request has no meaning in a batch of {batch_size}", "Use --batch-size 1."
@@ -132,7 +144,8 @@ def simulate(
             clock = None
             if hardware and spec is not None:
                 clock = _clock(hardware, spec, batch_size, size)
-            records = sweep(names, lane, rows, clock=clock, progress=progress, **shared)
+            shared |= {"clock": clock, "admits_always": always_admit}
+            records = sweep(names, lane, rows, progress=progress, **shared)
     records = [
         {"strategy": record["strategy"], **labels[i % len(labels)], **record}
         for i, record in enumerate(records)

@@ -14,7 +14,7 @@ from moejax.simulate._pool import pool
 from moejax.simulate._ranks import Counts, Marks, ranks
 from moejax.simulate._replay import Replay
 from moejax.simulate._timeline import Record, timeline
-from moejax.strategies import STRATEGIES, Profile, Strategy
+from moejax.strategies import STRATEGIES, Profile, Strategy, always_admit
 
 Progress = Callable[[int, int, str], None]
 
@@ -28,6 +28,7 @@ def sweep(
     marks: Marks,
     profile: Profile | None = None,
     clock: LayerClock | None = None,
+    admits_always: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -36,12 +37,25 @@ def sweep(
     Counts are those of demand fetching alone; with a clock, the timeline adds the times, and the
     hits and bytes with prefetch.
 
+    Args:
+      strategies: Names in the registry.
+      lane: Routing to replay.
+      capacities: Slots of each layer, a row a capacity.
+      topk: Experts one token demands.
+      marks: Decode steps and resets.
+      profile: What may be learned beforehand.
+      clock: Times of one layer; None counts only.
+      admits_always: Whether a demanded expert enters the cache even if it is not worth a slot.
+      seed: Seed of the strategies.
+      progress: Told after each strategy.
+
     Returns:
       One record a strategy and capacity, in that order.
     """
     records = []
     for done, name in enumerate(strategies):
         strategy = STRATEGIES[name].make(profile)
+        strategy = always_admit(strategy) if admits_always else strategy
         key = jax.random.key(seed)
         counts = ranks(strategy, lane, capacities.T, key, topk=topk, marks=marks)
         found = [counted(name, counts, i, "layer") for i in range(len(capacities))]

@@ -31,6 +31,7 @@ from moejax.strategies._select import keep_best as keep_best
 from moejax.strategies._select import rank_by_score as rank_by_score
 from moejax.strategies._select import worst as worst
 from moejax.strategies._top_k import top_k as top_k
+from moejax.strategies._wrap import always_admit as always_admit
 from moejax.strategies._wrap import host_compute as host_compute
 from moejax.strategies._wrap import pinned as pinned
 from moejax.strategies._wrap import with_prefetch as with_prefetch

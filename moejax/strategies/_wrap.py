@@ -3,13 +3,13 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int, Real
 
 from moejax._types import PRNGKey
 from moejax.strategies._base import Access, CacheShape, Decision, Strategy
 from moejax.strategies._predict import Predictor
 from moejax.strategies._profile import Profile
-from moejax.strategies._select import keep_best
+from moejax.strategies._select import keep_best, rank_by_score
 
 
 class PrefetchState(NamedTuple):
@@ -59,15 +59,28 @@ def pinned(strategy: Strategy, profile: Profile, share_ratio: float) -> Strategy
 
     def step(state: PinnedState, access: Access, key: PRNGKey) -> tuple[PinnedState, Decision]:
         inner, decision = strategy.step(state.inner, access, key)
-        score = decision.keep_score.astype(jnp.float32)
-        spread = score.max() - score.min() + 1.0
         admit = decision.admit if decision.admit is None else decision.admit | state.is_pin
         decision = decision._replace(
-            keep_score=jnp.where(state.is_pin, score + spread, score), admit=admit
+            keep_score=_with_first(decision.keep_score, state.is_pin), admit=admit
         )
         return state._replace(inner=inner), decision
 
     return strategy._replace(init=init, step=step)
+
+
+def always_admit(strategy: Strategy) -> Strategy:
+    """Lets a demanded expert always enter the cache, as classic demand caches do.
+
+    Without it an expert that is not worth keeping streams past. With it and one request an event,
+    `lru` and `oracle` count what libCacheSim's LRU and Belady count.
+    """
+
+    def step(state: Any, access: Access, key: PRNGKey) -> tuple[Any, Decision]:
+        state, decision = strategy.step(state, access, key)
+        score = _with_first(decision.keep_score, access.demand > 0)
+        return state, decision._replace(keep_score=score, admit=None)
+
+    return strategy._replace(step=step)
 
 
 def host_compute(strategy: Strategy) -> Strategy:
@@ -77,3 +90,10 @@ def host_compute(strategy: Strategy) -> Strategy:
     the host is a miss that moves no bytes and enters no slot.
     """
     return strategy._replace(computes_on_host=True)
+
+
+def _with_first(
+    score: Real[Array, " experts"], chosen: Bool[Array, " experts"]
+) -> Int[Array, " experts"]:
+    """Scores in the same order, but with the chosen experts before all others."""
+    return jnp.where(chosen, len(score), 0) - rank_by_score(score)

@@ -15,9 +15,9 @@ from scipy.sparse import csr_array
 from moejax.simulate import Marks, hit_curve, lru_hit_curve, ranks, replay
 from moejax.simulate._ranks import keep_words, num_members, pack, rank_planes
 from moejax.strategies import (
-    Decision,
     Profile,
     Strategy,
+    always_admit,
     fifo,
     keep_best,
     lfu,
@@ -243,15 +243,6 @@ def golden(maker):
     return experts, {name: np.array(stored[name]) for name in ("lru", "belady")}
 
 
-def admitting_oracle() -> Strategy:
-    """Belady's rule as caches that must admit play it: what was just demanded stays."""
-
-    def step(state, access, key):
-        return state, Decision(jnp.where(access.demand > 0, 0, -access.future.next_use))
-
-    return Strategy(oracle().init, step)
-
-
 def hits_of(strategy, experts, num_experts):
     slots = np.arange(1, num_experts + 1)
     return ranks(strategy, replay(experts, num_experts), slots, KEY, topk=1).num_hits
@@ -260,13 +251,15 @@ def hits_of(strategy, experts, num_experts):
 def test_lru_equals_libcachesim_on_every_cell(golden, maker):
     experts, hits = golden
     np.testing.assert_array_equal(hits_of(lru(), experts, maker.NUM_EXPERTS), hits["lru"])
+    admitting = hits_of(always_admit(lru()), experts, maker.NUM_EXPERTS)
+    np.testing.assert_array_equal(admitting, hits["lru"])
     closed = lru_hit_curve(experts, maker.NUM_EXPERTS)
     np.testing.assert_array_equal(closed.num_hits[:, 1:], hits["lru"])
 
 
 def test_belady_that_must_admit_equals_libcachesim_on_every_cell(golden, maker):
     experts, hits = golden
-    found = hits_of(admitting_oracle(), experts, maker.NUM_EXPERTS)
+    found = hits_of(always_admit(oracle()), experts, maker.NUM_EXPERTS)
     np.testing.assert_array_equal(found, hits["belady"])
 
 

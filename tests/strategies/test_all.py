@@ -14,6 +14,7 @@ from moejax.strategies import (
     Decision,
     Predictor,
     Strategy,
+    always_admit,
     calibrated,
     duel,
     host_compute,
@@ -173,7 +174,24 @@ def test_pinned_puts_the_hottest_first_and_leaves_the_rest_to_the_strategy(acces
         others = np.setdiff1d(np.arange(NUM_EXPERTS), pins)
         score = np.asarray(decisions[-1][layer].keep_score)
         assert score[pins].min() > score[others].max()
-        np.testing.assert_array_equal(score[others], plain[-1][layer].keep_score[others])
+        own = np.asarray(plain[-1][layer].keep_score)[others]
+        order = [np.argsort(-values, kind="stable") for values in (score[others], own)]
+        np.testing.assert_array_equal(*order)
+
+
+def test_always_admit_puts_demand_first_and_keeps_the_order(accesses):
+    _, decisions = play(always_admit(BUILT["on_demand"]), accesses)
+    _, oracles = play(always_admit(BUILT["oracle"]), accesses)
+    _, plain = play(BUILT["oracle"], accesses)
+    for layer in range(NUM_LAYERS):
+        demanded = np.asarray(accesses[-1][layer].demand) > 0
+        assert decisions[-1][layer].admit is None
+        score = np.asarray(oracles[-1][layer].keep_score)
+        assert score[demanded].min() > score[~demanded].max()
+        own = np.asarray(plain[-1][layer].keep_score)
+        for part in (demanded, ~demanded):
+            order = [np.argsort(-values[part], kind="stable") for values in (score, own)]
+            np.testing.assert_array_equal(*order)
 
 
 def test_pinned_admits_its_pins_even_where_the_strategy_does_not(accesses):
