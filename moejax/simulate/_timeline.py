@@ -110,6 +110,7 @@ def timeline(
     shape = cache_shape(replay.demand, topk)
 
     layers = jnp.arange(shape.num_layers, dtype=jnp.int32)
+    capacity, clock = jax.tree.map(jnp.asarray, (capacity, clock))
 
     def one_step(carry, moment):
         states, cache = carry

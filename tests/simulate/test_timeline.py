@@ -9,11 +9,8 @@ import pytest
 
 from moejax.simulate import Record, by_target, ranks, replay, timeline
 from moejax.simulate._timeline import MAX_PREFETCHES
-from moejax.strategies import (
-    STRATEGIES,
-    host_compute,
-    learn_profile,
-)
+from moejax.strategies import STRATEGIES, host_compute, learn_profile, reuse
+from moejax.strategies._reuse import LRU_WEIGHTS
 from moejax.trace import Trace, batch_trace
 
 KEY = jax.random.key(0)
@@ -224,6 +221,23 @@ def test_vmap_over_lanes_is_a_loop_and_jit_is_eager(round_clock, run_timeline):
     with jax.disable_jit():
         eager = timeline(strategy, first, clock, SLOTS[2], KEY, topk=TOPK)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2, :1], b, 1e-6), compiled, eager)
+
+
+def test_hyper_parameters_are_lanes_too(round_clock):
+    lane, clock = lane_of(TRACE, 1), round_clock(NUM_LAYERS)
+    lane = jax.tree.map(jnp.asarray, lane._replace(next_use=None, lookahead=None))
+
+    def total_hits(weights):
+        made = reuse(None, weights)
+        return timeline(made, lane, clock, SLOTS[2], KEY, topk=TOPK).num_hits.sum()
+
+    habit = jnp.zeros(len(LRU_WEIGHTS)).at[2].set(1.0)
+    weights = jnp.stack([jnp.array(LRU_WEIGHTS), habit, -habit])
+    hits = jax.jit(jax.vmap(total_hits))(weights)
+    plain = timeline(BUILT["lru"], lane, clock, SLOTS[2], KEY, topk=TOPK).num_hits.sum()
+    assert hits[0] == plain
+    # Keeping what is rare is worse than keeping what is frequent.
+    assert hits[2] < hits[1]
 
 
 # --- prefetching and computing on the host ----------------------------------------------------
