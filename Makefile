@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	$$name -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$name && break; done)
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n auto
 BENCH_FLAGS ?=
 
 .DEFAULT_GOAL := help

@@ -55,6 +55,11 @@ def format_ratio(ratio: float) -> str:
     return f"{100 * ratio:.1f} %" if math.isfinite(ratio) else str(ratio)
 
 
+def format_change(ratio: float) -> str:
+    """A signed share of one as per cent with one decimal: `+1.3 %`, `-0.4 %`, never `-0.0 %`."""
+    return f"{round(100 * ratio, 1) + 0.0:+.1f} %" if math.isfinite(ratio) else str(ratio)
+
+
 def _scaled(value: float, scales: list[tuple[float, str]]) -> str:
     if not math.isfinite(value):
         return f"{value} {scales[-1][1]}"

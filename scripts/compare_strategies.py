@@ -18,7 +18,7 @@ from moejax.results import capture_environment, to_plain, write_json, write_text
 from moejax.simulate import Marks, replay, sweep
 from moejax.strategies import STRATEGIES
 from moejax.trace import Trace, batch_trace, load_trace
-from moejax.units import format_bytes, format_ratio, format_seconds
+from moejax.units import format_bytes, format_change, format_ratio, format_seconds
 from moejax.workloads import WORKLOADS
 
 FOLDER = Path(__file__).resolve().parents[1] / "reports" / "strategy-comparison"
@@ -165,7 +165,7 @@ def page(results: dict) -> str:
                     str(slots),
                     f"`{r['strategy']}`",
                     format_seconds(r["step_latency_s"]),
-                    f"{100 * r['over_lru_ratio']:+.1f} %",
+                    format_change(r["over_lru_ratio"]),
                     format_ratio(r["timed_hit_ratio"]),
                     format_ratio(r["late_ratio"]),
                     format_bytes(r["fetched_bytes"]),
@@ -188,7 +188,7 @@ def page(results: dict) -> str:
             f"`{r['strategy']}`",
             r["routing"],
             format_seconds(r["step_latency_s"]),
-            f"{100 * r['over_lru_ratio']:+.1f} %",
+            format_change(r["over_lru_ratio"]),
             f"{r['prefetches_per_step']:.2f}",
         )
         lines.append("| " + " | ".join(cells) + " |")

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from moejax.errors import UsageError
-from moejax.units import format_bytes, format_ratio, format_seconds, parse_bytes
+from moejax.units import format_bytes, format_change, format_ratio, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,11 @@ def test_times_are_written_with_three_digits(time_s: float, text: str):
 def test_ratios_are_written_as_per_cent():
     assert format_ratio(0.6534) == "65.3 %"
     assert format_ratio(math.nan) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [(0.0134, "+1.3 %"), (-0.004, "-0.4 %"), (-1e-6, "+0.0 %"), (0, "+0.0 %"), (math.inf, "inf")],
+)
+def test_changes_carry_their_sign_and_zero_is_positive(ratio: float, text: str):
+    assert format_change(ratio) == text

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moejax.errors import BadFileError, UsageError
-from moejax.units import format_bytes, format_ratio
+from moejax.units import format_bytes, format_change, format_ratio
 
 from ._options import DEFAULT_HARDWARE
 from ._output import OutputFormat, emit
@@ -90,7 +90,9 @@ def _read_run(source: Path) -> tuple[list[dict[str, Any]], str]:
     path = source / _RUN_FILE if source.is_dir() else source
     results = read_json(path)
     measured = results.get("measured") if isinstance(results, dict) else None
-    groups = [measured.get(kind) for kind in ("transfer", "compute")] if measured else []
+    groups = []
+    if isinstance(measured, dict):
+        groups = [measured.get(kind) for kind in ("transfer", "compute")]
     if not all(isinstance(group, list) for group in groups) or not any(groups):
         raise BadFileError(
             f"{path} holds no measurements of a machine",
@@ -132,5 +134,5 @@ def _say_evidence(found: "CsvFit") -> None:
         say(
             f"outside check, {size} on {check.row.rig} ({check.row.time_domain} times): "
             f"{format_bytes(check.row.bytes_per_s)}/s quoted, "
-            f"{format_bytes(check.predicted_bytes_per_s)}/s predicted ({check.error_ratio:+.1%})"
+            f"{format_bytes(check.predicted_bytes_per_s)}/s predicted ({format_change(check.error_ratio)})"
         )

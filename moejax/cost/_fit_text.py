@@ -2,7 +2,7 @@
 
 import statistics
 
-from moejax.units import format_bytes, format_ratio, format_seconds
+from moejax.units import format_bytes, format_change, format_ratio, format_seconds
 
 from ._fit_copy import CopyFit
 from ._fit_csv import CsvFit
@@ -46,9 +46,9 @@ def _size_table(copy: CopyFit) -> list[str]:
         "|---|---|---|---|---|---|---|",
         *(
             f"| {format_bytes(row.num_bytes)} | {format_seconds(row.observed_s)}"
-            f" | {format_seconds(row.predicted_s)} | {row.error_ratio:+.1%}"
-            f" | {'yes' if row.is_held_out else ''} | {row.roofline_s / row.observed_s - 1:+.1%}"
-            f" | {row.two_point_s / row.observed_s - 1:+.1%} |"
+            f" | {format_seconds(row.predicted_s)} | {format_change(row.error_ratio)}"
+            f" | {'yes' if row.is_held_out else ''} | {format_change(row.roofline_s / row.observed_s - 1)}"
+            f" | {format_change(row.two_point_s / row.observed_s - 1)} |"
             for row in copy.rows
         ),
     ]
