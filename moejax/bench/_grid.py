@@ -13,7 +13,7 @@ from jaxtyping import Int
 from moejax.bench._requests import Requests, batch_lookahead, draw_run
 from moejax.cards import Hardware, ModelSpec
 from moejax.cost import LayerClock, layer_clock
-from moejax.simulate import Record, Replay, by_target, replay, timeline
+from moejax.simulate import Record, Replay, replay, step_means, timeline
 from moejax.strategies import STRATEGIES, Profile, Strategy
 from moejax.trace import Trace, batch_trace
 
@@ -159,37 +159,26 @@ def summarise(
     counted = jax.tree.map(
         lambda leaf: _counted_steps(np.asarray(leaf, np.float64), places, settings), record
     )
-    num_steps = settings.num_steps
     latency_s = (counted.compute_s + counted.stall_s).sum(-1)
-    num_prefetches = by_target(counted.num_prefetches)
-    num_fetched = counted.num_misses - counted.num_on_host + num_prefetches
-    num_wasted = by_target(counted.num_wasted, nearest=0)
-    demands = counted.num_demands.sum()
     # Wherever a demanded expert is not kept, its bytes stream through a staging place.
     occupied = np.asarray(record.num_resident, np.float64) @ size
     staged = ((np.asarray(record.num_demands) - np.asarray(record.num_hits)) * size).max()
     return {
         "slots": max(settings.slots),
         "capacity_bytes": int(np.asarray(settings.slots) @ size),
-        "num_steps": num_steps,
-        "num_demands": int(demands),
+        "num_steps": settings.num_steps,
+        "num_demands": int(counted.num_demands.sum()),
         "num_hits": int(counted.num_hits.sum()),
         "num_late": int(counted.num_late.sum()),
         "num_misses": int(counted.num_misses.sum()),
-        "num_prefetches": int(num_prefetches.sum()),
+        "num_prefetches": int(counted.num_prefetches.sum()),
         "num_useful_prefetches": int(counted.num_useful.sum()),
         "latency_s": {
             "mean": float(latency_s.mean()),
             "std": float(latency_s.std()),
             **{f"p{q}": float(np.percentile(latency_s, q)) for q in (50, 95, 99)},
         },
-        "hit_ratio": float(counted.num_hits.sum() / max(1, demands)),
-        "late_ratio": float(counted.num_late.sum() / max(1, demands)),
-        "fetched_bytes": float((num_fetched @ size).sum() / num_steps),
-        "wasted_bytes": float((num_wasted @ size).sum() / num_steps),
-        "stall_s": float(counted.stall_s.sum() / num_steps),
-        "compute_s": float(counted.compute_s.sum() / num_steps),
-        "transfer_s": float((num_fetched @ np.asarray(clock.copy_s, np.float64)).sum() / num_steps),
+        **step_means(counted, clock),
         "memory_bytes": int(occupied.max() + staged),
     }
 
@@ -207,7 +196,8 @@ def _lane(trace: Trace, batch_size: int, dispatch: str, settings: GridSettings) 
         if said is not None:
             # [steps, layers, ahead, places, width], one place of each step at a time.
             said = np.concatenate([said[..., [place], :] for place in range(batch_size)])
-    return replay(experts, trace.num_experts, lookahead=said)
+    with_future = any(STRATEGIES[name].needs_future for name in settings.strategies)
+    return replay(experts, trace.num_experts, with_future=with_future, lookahead=said)
 
 
 def _one_place_after_another(batched: np.ndarray, batch_size: int) -> np.ndarray:
@@ -222,7 +212,7 @@ def _without_unread(lane: Replay, name: str) -> Replay:
     kind = STRATEGIES[name]
     return Replay(
         lane.demand,
-        lane.next_use if name == "oracle" else None,
+        lane.next_use if kind.needs_future else None,
         lane.lookahead if kind.needs_lookahead else None,
     )
 

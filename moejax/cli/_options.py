@@ -42,6 +42,17 @@ ModelOption: TypeAlias = Annotated[
         help="Card name, card file, config.json, checkpoint folder or hub id.",
     ),
 ]
+RoutedModelOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        autocompletion=_model_names,
+        help="Card name, card file, config.json, checkpoint folder or hub id; default: the model "
+        f"of the trace or workload, else {DEFAULT_MODEL}.",
+    ),
+]
 HardwareOption: TypeAlias = Annotated[
     str,
     typer.Option(

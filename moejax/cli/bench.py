@@ -11,13 +11,12 @@ from moejax.errors import UsageError
 
 from ._options import (
     DEFAULT_HARDWARE,
-    DEFAULT_MODEL,
     HardwareOption,
-    ModelOption,
     OfflineOption,
     OutOption,
     OutputOption,
     QuickOption,
+    RoutedModelOption,
     SeedOption,
     TraceOption,
     WorkloadOption,
@@ -27,8 +26,15 @@ from ._options import (
 )
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
+from ._routing import (
+    check_lookahead,
+    check_workload,
+    model_name,
+    open_routing,
+    recorded_trace,
+    workload_of,
+)
 from ._tuning import make_plan
-from .simulate import check_workload, open_routing
 
 if TYPE_CHECKING:
     from moejax.cards import Hardware, ModelSpec
@@ -50,7 +56,7 @@ class Dispatch(enum.StrEnum):
 
 
 def bench(
-    model: ModelOption = DEFAULT_MODEL,
+    model: RoutedModelOption = None,
     hardware: HardwareOption = DEFAULT_HARDWARE,
     trace: TraceOption = None,
     workload: WorkloadOption = None,
@@ -96,19 +102,16 @@ def bench(
     from moejax.cards import load_hardware, load_model
     from moejax.results import write_json
     from moejax.strategies import STRATEGIES
-    from moejax.trace import load_trace
 
     names = parse_names(strategies, "--strategies", tuple(STRATEGIES))
     sizes = parse_ints(batch_sizes, "--batch-sizes", minimum=1, maximum=255)
-    if trace is not None and workload is not None:
-        raise UsageError("--trace and --workload exclude each other", "Give one of them.")
-    recorded = None if trace is None else load_trace(trace)
+    recorded = recorded_trace(trace, workload)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
     workload = check_workload(workload or workload_of(spec))
     if recorded is not None:
         check_shape(recorded, spec)
-    _check_lookahead(names, recorded)
+    check_lookahead(names, recorded)
     settings = GridSettings(
         strategies=names,
         batch_sizes=sizes,
@@ -133,7 +136,7 @@ def bench(
         )
         progress(0, 1, "tuning tiers")
         device_bytes = results["grid"][0]["capacity_bytes"]
-        routing = recorded or open_routing(None, workload, seed)
+        routing = recorded or open_routing(workload, seed)
         plan = make_plan(routing, spec, profile, device_bytes, seed=seed) if device_bytes else None
     if measure:
         _fit_this_machine(folder, results)
@@ -146,36 +149,6 @@ def bench(
     if results["trace"]["workload"]:
         say(f"routing is synthetic: the workload {results['trace']['workload']!r}, calibrated")
     emit(_means(results["grid"]), output)
-
-
-def model_name(model: str, trace: "Trace | None", workload: str | None) -> str:
-    """The trace's own model, unless another was named."""
-    from moejax.workloads import WORKLOADS
-
-    if model != DEFAULT_MODEL:
-        return model
-    if trace is not None:
-        return trace.model or model
-    return WORKLOADS[workload].model if workload and workload in WORKLOADS else model
-
-
-def workload_of(spec: "ModelSpec") -> str:
-    """The first workload that routes like this model; the default where there is none."""
-    from moejax.workloads import WORKLOADS, default_workload
-
-    own = [name for name, workload in WORKLOADS.items() if workload.model == spec.name]
-    return own[0] if own else default_workload
-
-
-def _check_lookahead(names: tuple[str, ...], trace: "Trace | None") -> None:
-    from moejax.strategies import STRATEGIES
-
-    readers = [name for name in names if STRATEGIES[name].needs_lookahead]
-    if readers and trace is not None and trace.lookahead is None:
-        raise UsageError(
-            f"{readers[0]} needs a trace with `lookahead` and this one has none",
-            "Record one that has, or leave the strategy out.",
-        )
 
 
 def _slots(

@@ -20,6 +20,7 @@ from ._options import (
 )
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
+from ._routing import check_lookahead, open_routing, recorded_trace
 
 if TYPE_CHECKING:
     from moejax.cards import ModelSpec
@@ -108,6 +109,7 @@ def simulate(
     from moejax.simulate import replay, sweep, sweep_pool
     from moejax.strategies import STRATEGIES
     from moejax.trace import batch_trace
+    from moejax.workloads import default_workload
 
     names = parse_names(strategy, "--strategy", tuple(STRATEGIES))
     if slots and capacity:
@@ -124,7 +126,7 @@ def simulate(
         raise UsageError(
             f"--reset-per-request has no meaning in a batch of {batch_size}", "Use --batch-size 1."
         )
-    routing = open_routing(trace, workload, seed)
+    routing = recorded_trace(trace, workload) or open_routing(workload or default_workload, seed)
     learned = _learn(names, routing, profile)
     needs_model = bool(hardware) or (bool(capacity) and routing.expert_bytes is None)
     spec = _model(model or routing.model, routing, offline) if needs_model else None
@@ -132,7 +134,8 @@ def simulate(
     rows, labels = _capacities(slots, capacity, scope, routing, size)
     experts = batch_trace(routing, batch_size, num_steps=max_steps)
     said = _lookahead(names, routing, batch_size, len(experts))
-    lane = replay(experts, routing.num_experts, with_future="oracle" in names, lookahead=said)
+    with_future = any(STRATEGIES[name].needs_future for name in names)
+    lane = replay(experts, routing.num_experts, with_future=with_future, lookahead=said)
     marks = _marks(routing, batch_size, len(experts), reset_per_request)
     shared = {"topk": routing.topk, "marks": marks, "profile": learned, "seed": seed}
     with show_progress("simulating") as progress:
@@ -159,37 +162,6 @@ def simulate(
     emit(records, output, columns=shown)
 
 
-def open_routing(path: Path | None, workload: str | None, seed: int) -> "Trace":
-    """The trace of --trace, or a draw of --workload.
-
-    Raises:
-      BadFileError: The trace cannot be read.
-      UsageError: Both were given, or the workload is not known.
-    """
-    from moejax.trace import load_trace
-    from moejax.workloads import WORKLOADS, default_workload, make_trace
-
-    if path is not None and workload is not None:
-        raise UsageError("--trace and --workload exclude each other", "Give one of them.")
-    if path is not None:
-        return load_trace(path)
-    name = check_workload(workload or default_workload)
-    return make_trace(WORKLOADS[name], num_requests=8, tokens_per_request=256, seed=seed)
-
-
-def check_workload(name: str) -> str:
-    """The name, if a workload has it.
-
-    Raises:
-      UsageError: None has.
-    """
-    from moejax.workloads import WORKLOADS
-
-    if name not in WORKLOADS:
-        raise UsageError(f"--workload: {name!r} is not known", f"Known: {', '.join(WORKLOADS)}.")
-    return name
-
-
 def _learn(names: tuple[str, ...], routing: "Trace", path: Path | None) -> "Profile | None":
     from moejax.strategies import STRATEGIES, learn_profile
     from moejax.trace import load_trace
@@ -213,7 +185,8 @@ def _learn(names: tuple[str, ...], routing: "Trace", path: Path | None) -> "Prof
         raise UsageError(
             "the profile is the trace itself", "Learning from the test would be cheating."
         )
-    return learn_profile(learned_from)
+    learns = any(STRATEGIES[name].learns for name in names)
+    return learn_profile(learned_from) if learns else None
 
 
 def _model(name: str, routing: "Trace", offline: bool) -> "ModelSpec | None":
@@ -246,7 +219,9 @@ def _capacities(slots: str, capacity: str, scope: Scope, routing: "Trace", size)
     if capacity:
         limits = parse_sizes(capacity, "--capacity")
         if scope is Scope.pool:
-            return np.asarray(limits), [{"capacity_bytes": limit} for limit in limits]
+            # Experts of different layers differ in size, so bytes are no number of slots.
+            labels = [{"slots": None, "capacity_bytes": limit} for limit in limits]
+            return np.asarray(limits), labels
         plans = [slots_within(limit, size, routing.num_experts) for limit in limits]
         labels = [
             {"slots": max(plan), "capacity_bytes": limit}
@@ -270,14 +245,9 @@ def _lookahead(names: tuple[str, ...], routing: "Trace", batch_size: int, num_st
     from moejax.bench import batch_lookahead
     from moejax.strategies import STRATEGIES
 
-    readers = [name for name in names if STRATEGIES[name].needs_lookahead]
-    if not readers:
+    check_lookahead(names, routing)
+    if not any(STRATEGIES[name].needs_lookahead for name in names):
         return None
-    if routing.lookahead is None:
-        raise UsageError(
-            f"{readers[0]} needs a trace with `lookahead` and this one has none",
-            "Record one that has, or leave the strategy out.",
-        )
     return batch_lookahead(routing, batch_size, num_steps)
 
 

@@ -10,7 +10,7 @@ from moejax.errors import UsageError
 from ._options import EXIT_CODES, OfflineOption, OutputOption, SeedOption
 from ._output import OutputFormat, emit
 from ._progress import say
-from .simulate import check_workload
+from ._routing import check_workload
 
 if TYPE_CHECKING:
     from moejax.trace import Trace

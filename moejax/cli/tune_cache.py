@@ -10,12 +10,11 @@ from moejax.units import format_bytes, format_ratio, format_seconds
 
 from ._options import (
     DEFAULT_HARDWARE,
-    DEFAULT_MODEL,
     HardwareOption,
-    ModelOption,
     OfflineOption,
     OutOption,
     OutputOption,
+    RoutedModelOption,
     SeedOption,
     TraceOption,
     WorkloadOption,
@@ -23,9 +22,8 @@ from ._options import (
 )
 from ._output import OutputFormat, emit
 from ._progress import say
+from ._routing import model_name, open_routing, recorded_trace, workload_of
 from ._tuning import DEFAULT_HOST, DEFAULT_PINNED, make_plan
-from .bench import model_name, workload_of
-from .simulate import open_routing
 
 if TYPE_CHECKING:
     from moejax.tune import Plan
@@ -35,7 +33,7 @@ def tune_cache(
     budget: Annotated[
         str, typer.Option("--budget", metavar="SIZE", help="Device bytes, such as 2GB or 2GiB.")
     ],
-    model: ModelOption = DEFAULT_MODEL,
+    model: RoutedModelOption = None,
     hardware: HardwareOption = DEFAULT_HARDWARE,
     trace: TraceOption = None,
     workload: WorkloadOption = None,
@@ -79,7 +77,6 @@ def tune_cache(
     from moejax.cards import load_hardware, load_model
     from moejax.results import write_json
     from moejax.strategies import STRATEGIES
-    from moejax.trace import load_trace
     from moejax.tune import OBJECTIVES
 
     if objective not in OBJECTIVES:
@@ -90,16 +87,14 @@ def tune_cache(
         raise UsageError(
             f"--strategy: {strategy!r} is not known", f"Known: {', '.join(STRATEGIES)}."
         )
-    if trace is not None and workload is not None:
-        raise UsageError("--trace and --workload exclude each other", "Give one of them.")
     budget_bytes = parse_size(budget, "--budget")
     pinned_bytes = parse_size(pinned_budget, "--pinned-budget")
     host_bytes = parse_size(host_budget, "--host-budget")
     target = None if out is None else _json_file(out)
-    recorded = None if trace is None else load_trace(trace)
+    recorded = recorded_trace(trace, workload)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
-    routing = recorded or open_routing(None, workload or workload_of(spec), seed)
+    routing = recorded or open_routing(workload or workload_of(spec), seed)
     plan = make_plan(
         routing,
         spec,

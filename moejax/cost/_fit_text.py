@@ -47,7 +47,8 @@ def _size_table(copy: CopyFit) -> list[str]:
         *(
             f"| {format_bytes(row.num_bytes)} | {format_seconds(row.observed_s)}"
             f" | {format_seconds(row.predicted_s)} | {format_change(row.error_ratio)}"
-            f" | {'yes' if row.is_held_out else ''} | {format_change(row.roofline_s / row.observed_s - 1)}"
+            f" | {'yes' if row.is_held_out else ''}"
+            f" | {format_change(row.roofline_s / row.observed_s - 1)}"
             f" | {format_change(row.two_point_s / row.observed_s - 1)} |"
             for row in copy.rows
         ),

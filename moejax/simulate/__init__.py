@@ -11,6 +11,7 @@ from moejax.simulate._ranks import ranks as ranks
 from moejax.simulate._replay import Replay as Replay
 from moejax.simulate._replay import replay as replay
 from moejax.simulate._sweep import by_target as by_target
+from moejax.simulate._sweep import step_means as step_means
 from moejax.simulate._sweep import sweep as sweep
 from moejax.simulate._sweep import sweep_pool as sweep_pool
 from moejax.simulate._timeline import Record as Record

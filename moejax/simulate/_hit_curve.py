@@ -127,7 +127,7 @@ def _stack_distances(last_use, demand, start):
         distance = before.sum(-1)
         distance = jnp.where(last_use >= 0, distance, num_experts)
         hit = (distance[:, :, None] == bins[None, None, :]) & demanded[:, :, None]
-        return jnp.where(demanded, now, last_use), hit.sum(1, dtype=jnp.uint8)
+        return jnp.where(demanded, now, last_use), hit.sum(1, dtype=jnp.uint16)
 
     steps = start + jnp.arange(len(demand), dtype=jnp.int32)
     return jax.lax.scan(one_step, last_use, (steps, demand))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Real, UInt32
+from jaxtyping import Array, Bool, Float, Int, Real, UInt32
 
 from moejax._types import PRNGKey
 from moejax.simulate._replay import Moment, Replay, access_at, cache_shape, moments
@@ -48,12 +48,12 @@ class Counts(NamedTuple):
     num_decode_demands: Int[np.ndarray, " layers"]
 
     @property
-    def hit_ratio(self) -> np.ndarray:
-        """Hits over demands, a capacity: every load is a miss."""
+    def hit_ratio(self) -> Float[np.ndarray, " capacities"]:
+        """Hits over demands: every load is a miss."""
         return self.num_hits.sum(0) / max(1, self.num_demands.sum())
 
     @property
-    def hit_ratio_warm(self) -> np.ndarray:
+    def hit_ratio_warm(self) -> Float[np.ndarray, " capacities"]:
         """The same by the convention of the published curves: cold misses are forgiven."""
         return (self.num_hits + self.num_forgiven).sum(0) / max(1, self.num_demands.sum())
 

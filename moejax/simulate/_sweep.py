@@ -1,6 +1,5 @@
 """Strategies x capacities on one trace: counts, and times where a clock is given."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,7 +57,7 @@ def sweep(
         strategy = always_admit(strategy) if admits_always else strategy
         key = jax.random.key(seed)
         counts = ranks(strategy, lane, capacities.T, key, topk=topk, marks=marks)
-        found = [counted(name, counts, i, "layer") for i in range(len(capacities))]
+        found = [_counted(name, counts, i, "layer") for i in range(len(capacities))]
         if clock is not None:
             times = _timed(strategy, lane, clock, capacities, key, topk)
             found = [one | timed for one, timed in zip(found, times, strict=True)]
@@ -80,19 +79,19 @@ def sweep_pool(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """The same with one pool for all layers; capacities are in units of `weight`, or slots."""
+    """`sweep` with one pool for all layers, without times; capacities are in units of `weight`."""
     records = []
     for done, name in enumerate(strategies):
         strategy = STRATEGIES[name].make(profile)
         key = jax.random.key(seed)
         counts = pool(strategy, lane, capacities, key, topk=topk, weight=weight, marks=marks)
-        records += [counted(name, counts, i, "pool") for i in range(len(capacities))]
+        records += [_counted(name, counts, i, "pool") for i in range(len(capacities))]
         if progress is not None:
             progress(done + 1, len(strategies), name)
     return records
 
 
-def counted(name: str, counts: Counts, index: int, scope: str) -> dict[str, Any]:
+def _counted(name: str, counts: Counts, index: int, scope: str) -> dict[str, Any]:
     """The record of one strategy at one capacity."""
     num_hits, num_demands = counts.num_hits[:, index], int(counts.num_demands.sum())
     record = {
@@ -115,15 +114,13 @@ def _timed(
 ) -> list[dict[str, float]]:
     lane = jax.tree.map(jnp.asarray, lane)
     record = jax.device_get(_mapped(strategy, topk)(lane, clock, jnp.asarray(capacities), key))
-    size, copy_s = np.asarray(clock.expert_bytes, np.float64), np.asarray(clock.copy_s, np.float64)
-    lanes = [
+    lanes = (
         jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i], np.float64), record)
         for i in range(len(capacities))
-    ]
-    return [_means(one, size, copy_s) for one in lanes]
+    )
+    return [_times(one, clock) for one in lanes]
 
 
-@functools.cache
 def _mapped(strategy: Strategy, topk: int):
     def one(lane, clock, capacity, key):
         return timeline(strategy, lane, clock, capacity, key, topk=topk)
@@ -131,23 +128,38 @@ def _mapped(strategy: Strategy, topk: int):
     return jax.jit(jax.vmap(one, in_axes=(None, None, 0, None)))
 
 
-def _means(record: Record, size, copy_s) -> dict[str, float]:
-    num_steps, demands = len(record.num_hits), max(1.0, record.num_demands.sum())
+def _times(record: Record, clock: LayerClock) -> dict[str, float]:
     latency_s = (record.compute_s + record.stall_s).sum(-1)
-    num_prefetches = by_target(record.num_prefetches)
-    num_fetched = record.num_misses - record.num_on_host + num_prefetches
-    num_wasted = by_target(record.num_wasted, nearest=0)
+    means = step_means(record, clock)
+    # The record's own hit ratio is that of demand fetching alone.
     return {
         "step_latency_s": float(latency_s.mean()),
         "p99_latency_s": float(np.percentile(latency_s, 99)),
+        "timed_hit_ratio": means.pop("hit_ratio"),
+        "num_prefetches": int(record.num_prefetches.sum()),
+        **means,
+    }
+
+
+def step_means(record: Record, clock: LayerClock) -> dict[str, float]:
+    """Ratios of a timed replay, and its times and bytes as means a step.
+
+    Args:
+      record: One lane, its leaves [steps, layers] and in float64.
+      clock: Times and sizes of that lane.
+    """
+    size, copy_s = np.asarray(clock.expert_bytes, np.float64), np.asarray(clock.copy_s, np.float64)
+    num_steps, num_demands = len(record.num_hits), max(1.0, float(record.num_demands.sum()))
+    num_fetched = record.num_misses - record.num_on_host + by_target(record.num_prefetches)
+    num_wasted = by_target(record.num_wasted, nearest=0)
+    return {
+        "hit_ratio": float(record.num_hits.sum() / num_demands),
+        "late_ratio": float(record.num_late.sum() / num_demands),
+        "fetched_bytes": float((num_fetched @ size).sum() / num_steps),
+        "wasted_bytes": float((num_wasted @ size).sum() / num_steps),
+        "stall_s": float(record.stall_s.sum() / num_steps),
         "compute_s": float(record.compute_s.sum() / num_steps),
         "transfer_s": float((num_fetched @ copy_s).sum() / num_steps),
-        "stall_s": float(record.stall_s.sum() / num_steps),
-        "timed_hit_ratio": float(record.num_hits.sum() / demands),
-        "late_ratio": float(record.num_late.sum() / demands),
-        "fetched_bytes": float((num_fetched @ size).sum() / num_steps),
-        "num_prefetches": int(num_prefetches.sum()),
-        "wasted_bytes": float((num_wasted @ size).sum() / num_steps),
     }
 
 

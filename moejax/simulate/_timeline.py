@@ -85,6 +85,7 @@ def timeline(
     *,
     topk: int,
     fixed_prefetches: int | None = None,
+    is_reset: Bool[Array, " steps"] | None = None,
 ) -> Record:
     """Replays one lane of routing with a clock.
 
@@ -100,6 +101,7 @@ def timeline(
       topk: Experts one token demands.
       fixed_prefetches: None prefetches by value and by the clock. A number prefetches up to that
         many experts an event, each landed by its own event: what an engine can reproduce exactly.
+      is_reset: Steps before which cache, link and strategy start afresh; None never does.
 
     Returns:
       The record of every event.
@@ -108,11 +110,14 @@ def timeline(
       Times as in `moejax.cost.event_s`.
     """
     shape = cache_shape(replay.demand, topk)
-
+    start = (strategy.init(shape), _empty(shape))
     layers = jnp.arange(shape.num_layers, dtype=jnp.int32)
     capacity, clock = jax.tree.map(jnp.asarray, (capacity, clock))
 
-    def one_step(carry, moment):
+    def one_step(carry, step):
+        moment, renew = step
+        if renew is not None:
+            carry = jax.tree.map(lambda old, new: jnp.where(renew, new, old), carry, start)
         states, cache = carry
 
         def one_layer(cache, mine):
@@ -128,8 +133,7 @@ def timeline(
         cache, (states, record) = jax.lax.scan(one_layer, cache, (layers, states))
         return (states, cache), record
 
-    start = (strategy.init(shape), _empty(shape))
-    _, record = jax.lax.scan(one_step, start, moments(replay))
+    _, record = jax.lax.scan(one_step, start, (moments(replay), is_reset))
     return record
 
 

@@ -45,6 +45,7 @@ class Kind(NamedTuple):
       make: Builds the strategy from what a profile taught, or from None.
       learns: Whether a profile teaches it anything.
       needs_profile: Whether it cannot work without a profile.
+      needs_future: Whether it reads what only a replay knows.
       needs_lookahead: Whether it cannot work on a trace without `lookahead`.
     """
 
@@ -52,13 +53,14 @@ class Kind(NamedTuple):
     make: Callable[[Profile | None], Strategy]
     learns: bool = False
     needs_profile: bool = False
+    needs_future: bool = False
     needs_lookahead: bool = False
 
 
 STRATEGIES: Mapping[str, Kind] = MappingProxyType(
     {
         "on_demand": Kind("On-Demand", lambda profile: on_demand()),
-        "oracle": Kind("Oracle", lambda profile: oracle()),
+        "oracle": Kind("Oracle", lambda profile: oracle(), needs_future=True),
         "multi_look": Kind("Multi-Look", multi_look, learns=True),
         "top_k": Kind("Top-K", lambda profile: top_k(profile), learns=True, needs_profile=True),
         "intelligent": Kind("Intelligent", intelligent, learns=True),

@@ -39,7 +39,7 @@ def learn_reuse_weights(trace: Trace) -> ReuseWeights | None:
     """Fits the weights of learned retention by logistic regression.
 
     The label of (step, layer, expert) is whether the expert is demanded again within a horizon;
-    one set of weights is fitted for each of four horizons. The counts behind popularity and
+    one set of weights is fitted for each of up to four horizons. The counts behind popularity and
     succession come from every other request and the labels from the rest, so that the fit sees
     those features as uncertain as they will be.
 
@@ -55,11 +55,11 @@ def learn_reuse_weights(trace: Trace) -> ReuseWeights | None:
         counted = select_requests(trace, numbers[::2])
         labelled = select_requests(trace, numbers[1::2])
     mean_gap = trace.num_experts / trace.topk
-    horizons = np.unique(np.maximum(1, np.round(np.array(_HORIZON_RATIOS) * mean_gap)).astype(int))
+    horizons = np.round(np.array(_HORIZON_RATIOS) * mean_gap).astype(int)
+    horizons = np.unique(np.clip(horizons, 1, _LONGEST_HORIZON))
     segments = _segments(labelled)
     if segments is None or counted.num_tokens < 2:
         return None
-    horizons = horizons[horizons <= _LONGEST_HORIZON]
     shape = CacheShape(trace.num_layers, trace.num_experts, trace.topk, 0)
     rows = _feature_rows(jnp.asarray(segments), shape, count_profile(counted, depth=0))
     labels = np.stack([_used_again(segments, steps) for steps in horizons], axis=-1)

@@ -22,6 +22,14 @@ def keep_best(
     return candidates & (num_better < capacity[..., None])
 
 
+def best_share(
+    score: Real[Array, "*lanes experts"], share_ratio: float
+) -> Bool[Array, "*lanes experts"]:
+    """The best share of all experts by score, rounded to whole experts."""
+    num_best = jnp.full(score.shape[:-1], round(share_ratio * score.shape[-1]))
+    return keep_best(score, jnp.ones_like(score, bool), num_best)
+
+
 def worst(
     score: Real[Array, "*lanes experts"], candidates: Bool[Array, "*lanes experts"]
 ) -> Int[Array, "*lanes"]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from moejax._types import PRNGKey
 from moejax.strategies._base import Access, CacheShape, Decision, Strategy
 from moejax.strategies._profile import Profile
-from moejax.strategies._select import keep_best
+from moejax.strategies._select import best_share
 
 
 class TopKState(NamedTuple):
@@ -31,8 +31,7 @@ def top_k(profile: Profile, share_ratio: float = 0.5) -> Strategy:
 
     def init(shape: CacheShape) -> TopKState:
         num_uses = jnp.asarray(profile.num_uses)
-        num_pins = jnp.full(shape.num_layers, round(share_ratio * shape.num_experts))
-        return TopKState(num_uses, keep_best(num_uses, jnp.ones_like(num_uses, bool), num_pins))
+        return TopKState(num_uses, best_share(num_uses, share_ratio))
 
     def step(state: TopKState, access: Access, key: PRNGKey) -> tuple[TopKState, Decision]:
         return state, Decision(state.num_uses, admit=state.is_pin)

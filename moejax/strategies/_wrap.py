@@ -9,7 +9,7 @@ from moejax._types import PRNGKey
 from moejax.strategies._base import Access, CacheShape, Decision, Strategy
 from moejax.strategies._predict import Predictor
 from moejax.strategies._profile import Profile
-from moejax.strategies._select import keep_best, rank_by_score
+from moejax.strategies._select import best_share, rank_by_score
 
 
 class PrefetchState(NamedTuple):
@@ -25,7 +25,7 @@ def with_prefetch(strategy: Strategy, predictor: Predictor) -> Strategy:
     def init(shape: CacheShape) -> PrefetchState:
         return PrefetchState(strategy.init(shape), predictor.init(shape))
 
-    def step(state: PrefetchState, access: Access, key: PRNGKey):
+    def step(state: PrefetchState, access: Access, key: PRNGKey) -> tuple[PrefetchState, Decision]:
         inner, decision = strategy.step(state.inner, access, key)
         predicted, probability = predictor.step(state.predictor, access)
         state = PrefetchState(inner, predicted)
@@ -52,9 +52,7 @@ def pinned(strategy: Strategy, profile: Profile, share_ratio: float) -> Strategy
     """
 
     def init(shape: CacheShape) -> PinnedState:
-        num_uses = jnp.asarray(profile.num_uses)
-        num_pins = jnp.full(shape.num_layers, round(share_ratio * shape.num_experts))
-        is_pin = keep_best(num_uses, jnp.ones_like(num_uses, bool), num_pins)
+        is_pin = best_share(jnp.asarray(profile.num_uses), share_ratio)
         return PinnedState(strategy.init(shape), is_pin)
 
     def step(state: PinnedState, access: Access, key: PRNGKey) -> tuple[PinnedState, Decision]:
