@@ -146,6 +146,12 @@ def bench(
     write_json(path, results)
     say(f"wrote {path} ({len(results['grid'])} points); next: moejax report {folder}")
     say(f"times are simulated with the profile {profile.name}: {profile.title}")
+    num_requests = results["trace"]["num_test_requests"]
+    if num_requests is not None and num_requests < max(sizes):
+        say(
+            f"warning: the trace leaves {num_requests} request(s) to test on; larger batches "
+            "decode copies of a request, which share experts as no other requests do"
+        )
     if results["trace"]["workload"]:
         say(f"routing is synthetic: the workload {results['trace']['workload']!r}, calibrated")
     emit(_means(results["grid"]), output)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moejax.cost import CsvFit
 
 _RUN_FILE = "results.json"
+_KINDS = ("transfer", "compute")
 
 
 def fit(
@@ -90,15 +91,14 @@ def _read_run(source: Path) -> tuple[list[dict[str, Any]], str]:
     path = source / _RUN_FILE if source.is_dir() else source
     results = read_json(path)
     measured = results.get("measured") if isinstance(results, dict) else None
-    groups = []
-    if isinstance(measured, dict):
-        groups = [measured.get(kind) for kind in ("transfer", "compute")]
-    if not all(isinstance(group, list) for group in groups) or not any(groups):
+    groups = [measured.get(kind) for kind in _KINDS] if isinstance(measured, dict) else []
+    lists = [group for group in groups if isinstance(group, list)]
+    if len(lists) < len(_KINDS) or not any(lists):
         raise BadFileError(
             f"{path} holds no measurements of a machine",
             "Run `moejax bench` without --no-measure, or give a CSV file.",
         )
-    records = [record for group in groups for record in group]
+    records = [record for group in lists for record in group]
     if not all(isinstance(record, dict) for record in records):
         raise BadFileError(f"{path}: a measurement is not an object", "Run `moejax bench` again.")
     environment = results.get("environment")
@@ -134,5 +134,6 @@ def _say_evidence(found: "CsvFit") -> None:
         say(
             f"outside check, {size} on {check.row.rig} ({check.row.time_domain} times): "
             f"{format_bytes(check.row.bytes_per_s)}/s quoted, "
-            f"{format_bytes(check.predicted_bytes_per_s)}/s predicted ({format_change(check.error_ratio)})"
+            f"{format_bytes(check.predicted_bytes_per_s)}/s predicted "
+            f"({format_change(check.error_ratio)})"
         )

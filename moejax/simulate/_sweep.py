@@ -41,7 +41,7 @@ def sweep(
       lane: Routing to replay.
       capacities: Slots of each layer, a row a capacity.
       topk: Experts one token demands.
-      marks: Decode steps and resets.
+      marks: Decode steps and resets; times are of all steps.
       profile: What may be learned beforehand.
       clock: Times of one layer; None counts only.
       admits_always: Whether a demanded expert enters the cache even if it is not worth a slot.
@@ -59,7 +59,7 @@ def sweep(
         counts = ranks(strategy, lane, capacities.T, key, topk=topk, marks=marks)
         found = [_counted(name, counts, i, "layer") for i in range(len(capacities))]
         if clock is not None:
-            times = _timed(strategy, lane, clock, capacities, key, topk)
+            times = _timed(strategy, lane, clock, capacities, key, topk, marks)
             found = [one | timed for one, timed in zip(found, times, strict=True)]
         records += found
         if progress is not None:
@@ -110,22 +110,21 @@ def _counted(name: str, counts: Counts, index: int, scope: str) -> dict[str, Any
 
 
 def _timed(
-    strategy: Strategy, lane: Replay, clock: LayerClock, capacities, key, topk: int
+    strategy: Strategy, lane: Replay, clock: LayerClock, capacities, key, topk: int, marks: Marks
 ) -> list[dict[str, float]]:
+    is_reset = jnp.asarray(marks.is_reset) if marks.is_reset.any() else None
+
+    def one(lane, clock, capacity, key):
+        return timeline(strategy, lane, clock, capacity, key, topk=topk, is_reset=is_reset)
+
+    mapped = jax.jit(jax.vmap(one, in_axes=(None, None, 0, None)))
     lane = jax.tree.map(jnp.asarray, lane)
-    record = jax.device_get(_mapped(strategy, topk)(lane, clock, jnp.asarray(capacities), key))
+    record = jax.device_get(mapped(lane, clock, jnp.asarray(capacities), key))
     lanes = (
         jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i], np.float64), record)
         for i in range(len(capacities))
     )
     return [_times(one, clock) for one in lanes]
-
-
-def _mapped(strategy: Strategy, topk: int):
-    def one(lane, clock, capacity, key):
-        return timeline(strategy, lane, clock, capacity, key, topk=topk)
-
-    return jax.jit(jax.vmap(one, in_axes=(None, None, 0, None)))
 
 
 def _times(record: Record, clock: LayerClock) -> dict[str, float]:

@@ -144,6 +144,18 @@ def test_stdout_is_data_and_the_rest_is_told(trace, tmp_path, capsys):
     assert "simulated with the profile rtx-3090" in err
 
 
+def test_a_recording_too_short_for_a_batch_is_told(trace, tmp_path, capsys):
+    warning = "larger batches decode copies of a request"
+    for size, is_told in (("2", False), ("16", True)):
+        assert bench(trace, "--batch-sizes", size, "--slots", "0", "--out", str(tmp_path)) == 0
+        assert (warning in capsys.readouterr().err) == is_told
+
+
+def test_a_model_that_is_named_comes_before_the_trace_s_own(trace, tmp_path, capsys):
+    assert bench(trace, "--model", "qwen1.5-moe-a2.7b", "--out", str(tmp_path)) == 4
+    assert "but qwen1.5-moe-a2.7b has 24 layers" in capsys.readouterr().err
+
+
 def test_both_dispatches_and_a_budget(trace, tmp_path):
     budget_bytes = 5 * NUM_LAYERS * load_model("tiny-moe").expert_bytes
     arguments = ("--batch-sizes", "2", "--dispatch", "both", "--budget", f"{budget_bytes}B")

@@ -84,6 +84,7 @@ def test_without_out_the_profile_itself_is_printed(fit, tmp_path):
         {"measured": None},
         {"measured": {}},
         {"measured": []},
+        {"measured": [{"transfer": []}]},
         {"measured": {"transfer": [], "compute": []}},
         {"measured": {"transfer": {}, "compute": []}},
         {"measured": {"transfer": [3], "compute": []}},

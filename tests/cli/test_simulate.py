@@ -108,12 +108,26 @@ def test_hardware_adds_times(simulate):
     assert "simulated with the profile rtx-3090" in err
 
 
+def test_times_start_afresh_where_counts_do(simulate):
+    arguments = ("--strategy", "lru", "--slots", "8", "--hardware", "rtx-3090")
+    (carried,), _ = simulate(*arguments)
+    (emptied,), _ = simulate(*arguments, "--reset-per-request")
+    for record in (carried, emptied):
+        assert record["timed_hit_ratio"] == pytest.approx(record["hit_ratio"])
+    assert emptied["stall_s"] > carried["stall_s"]
+
+
 def test_a_capacity_in_bytes_is_as_good_as_slots(simulate):
     size = load_model("tiny-moe").expert_bytes
     (by_slots,), _ = simulate("--strategy", "lru", "--slots", "4")
     (by_bytes,), _ = simulate("--strategy", "lru", "--capacity", f"{4 * NUM_LAYERS * size}B")
     assert by_bytes["capacity_bytes"] == 4 * NUM_LAYERS * size
     assert by_bytes["num_hits"] == by_slots["num_hits"]
+    pool = ("--strategy", "lru", "--scope", "pool")
+    (by_slots,), _ = simulate(*pool, "--slots", "64")
+    (by_bytes,), _ = simulate(*pool, "--capacity", f"{64 * size}B")
+    assert by_bytes["num_hits"] == by_slots["num_hits"]
+    assert by_bytes["slots"] is None
 
 
 def test_a_pool_below_its_cycle_never_hits_and_says_so(simulate):

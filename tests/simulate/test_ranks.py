@@ -190,6 +190,14 @@ def test_stack_distances_give_the_lru_of_every_capacity(most, random_experts):
     np.testing.assert_array_equal(closed.step_misses.sum(0), late_misses)
 
 
+def test_stack_distances_count_more_than_255_experts_of_one_step():
+    experts = np.arange(300, dtype=np.uint16)[None, None].repeat(2, axis=0)
+    closed = lru_hit_curve(experts, 300)
+    assert closed.num_demands.tolist() == [600]
+    np.testing.assert_array_equal(closed.num_hits[0], np.arange(301))
+    np.testing.assert_array_equal(closed.num_forgiven[0], np.arange(301))
+
+
 def most_hits_possible(demand, slots):
     """The most hits any replacement can reach: a linear programme, not a rule.
 

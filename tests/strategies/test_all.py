@@ -321,6 +321,12 @@ def test_learned_weights_are_finite_and_a_short_trace_teaches_none():
     assert learn_reuse_weights(make_trace(6)) is None
 
 
+def test_experts_that_hardly_ever_come_back_still_teach():
+    experts = np.random.default_rng(7).integers(0, 1024, (512, 1, 1)).astype(np.uint16)
+    learned = learn_reuse_weights(Trace(experts, 1024, np.array([0, 256, 512], np.int64)))
+    assert learned.horizon_steps.tolist() == [64]
+
+
 def test_popularity_is_learned_where_popularity_is_all_there_is():
     """Tokens are independent, so a habit of use says more than when the last use was."""
     learned = learn_reuse_weights(make_trace(6, num_tokens=1200, starts=(0, 600)))

@@ -1,0 +1,94 @@
+"""Where a command's routing comes from: a recorded trace, or a draw of a workload."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moejax.errors import UsageError
+
+from ._options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from moejax.cards import ModelSpec
+    from moejax.trace import Trace
+
+_NUM_REQUESTS, _TOKENS_PER_REQUEST = 8, 256
+
+
+def recorded_trace(path: Path | None, workload: str | None) -> "Trace | None":
+    """The trace of --trace; None where it was not given.
+
+    Raises:
+      BadFileError: The trace cannot be read.
+      UsageError: A workload was named as well.
+    """
+    from moejax.trace import load_trace
+
+    if path is None:
+        return None
+    if workload is not None:
+        raise UsageError("--trace and --workload exclude each other", "Give one of them.")
+    return load_trace(path)
+
+
+def open_routing(workload: str, seed: int) -> "Trace":
+    """A draw of a workload, for commands that need one trace.
+
+    Raises:
+      UsageError: The workload is not known.
+    """
+    from moejax.workloads import WORKLOADS, make_trace
+
+    return make_trace(
+        WORKLOADS[check_workload(workload)],
+        num_requests=_NUM_REQUESTS,
+        tokens_per_request=_TOKENS_PER_REQUEST,
+        seed=seed,
+    )
+
+
+def check_workload(name: str) -> str:
+    """The name, if a workload has it.
+
+    Raises:
+      UsageError: None has.
+    """
+    from moejax.workloads import WORKLOADS
+
+    if name not in WORKLOADS:
+        raise UsageError(f"--workload: {name!r} is not known", f"Known: {', '.join(WORKLOADS)}.")
+    return name
+
+
+def check_lookahead(names: tuple[str, ...], trace: "Trace | None") -> None:
+    """Refuses strategies that ask the next gates where a trace has not recorded them.
+
+    Raises:
+      UsageError: A strategy needs `lookahead` and the trace has none.
+    """
+    from moejax.strategies import STRATEGIES
+
+    readers = [name for name in names if STRATEGIES[name].needs_lookahead]
+    if readers and trace is not None and trace.lookahead is None:
+        raise UsageError(
+            f"{readers[0]} needs a trace with `lookahead` and this one has none",
+            "Record one that has, or leave the strategy out.",
+        )
+
+
+def model_name(model: str | None, trace: "Trace | None", workload: str | None) -> str:
+    """The model that was named, else the trace's or the workload's own, else the default."""
+    from moejax.workloads import WORKLOADS
+
+    if model:
+        return model
+    if trace is not None:
+        return trace.model or DEFAULT_MODEL
+    return WORKLOADS[workload].model if workload and workload in WORKLOADS else DEFAULT_MODEL
+
+
+def workload_of(spec: "ModelSpec") -> str:
+    """The first workload that routes like this model; the default where there is none."""
+    from moejax.workloads import WORKLOADS, default_workload
+
+    own = [name for name, workload in WORKLOADS.items() if workload.model == spec.name]
+    return own[0] if own else default_workload
