@@ -20,7 +20,7 @@ def lru_hit_ratio(
 def lfu_hit_ratio(
     experts: Shaped[np.ndarray, "requests tokens layers topk"], num_experts: int
 ) -> Float[np.ndarray, " slots"]:
-    """Hit ratio of perfect counts within the request, ties to the more recent."""
+    """Hit ratio of perfect counts within the request, ties to the lower index."""
     return _ranked_hit_ratio(experts, num_experts, is_frequency=True)
 
 
@@ -98,7 +98,7 @@ def _ranked_hit_ratio(
     hits_at_rank = np.zeros(num_experts + 1, np.int64)
     for token in range(num_tokens):
         demanded = sets[token]
-        score = num_uses * num_tokens + last_use if is_frequency else last_use
+        score = num_uses if is_frequency else last_use
         score = score * num_experts - np.arange(num_experts)[None, :]
         rank = (score[:, None, :] > score[lane, demanded][:, :, None]).sum(axis=2)
         rank = np.where(last_use[lane, demanded] >= 0, rank, num_experts)

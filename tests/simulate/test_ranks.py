@@ -118,7 +118,7 @@ def plain_counts(name, demand, slots, marks):
             seen |= demanded
             worth = {
                 "lru": last,
-                "lfu": {e: (used[e], last[e]) for e in used},
+                "lfu": used,
                 "fifo": arrived,
                 "oracle": -coming[step],
                 "top_k": popularity,

@@ -71,7 +71,7 @@ def _replay(experts, slots, name):
                 last[expert], uses[expert] = now, uses.get(expert, 0) + 1
             score = {
                 "lru": lambda e, last=last: (last[e], -e),
-                "lfu": lambda e, uses=uses, last=last: (uses[e], last[e], -e),
+                "lfu": lambda e, uses=uses: (uses[e], -e),
                 "oracle": lambda e, now=now, sets=sets: (-_next(sets, now, e), -e),
             }[name]
             resident = set(sorted(resident | demanded, key=score, reverse=True)[:slots])
