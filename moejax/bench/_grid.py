@@ -160,9 +160,9 @@ def summarise(
         lambda leaf: _counted_steps(np.asarray(leaf, np.float64), places, settings), record
     )
     latency_s = (counted.compute_s + counted.stall_s).sum(-1)
-    # Wherever a demanded expert is not kept, its bytes stream through a staging place.
+    # A layer's misses arrive beside the residents before retention decides who stays.
     occupied = np.asarray(record.num_resident, np.float64) @ size
-    staged = ((np.asarray(record.num_demands) - np.asarray(record.num_hits)) * size).max()
+    staged = ((np.asarray(record.num_misses) - np.asarray(record.num_on_host)) * size).max()
     return {
         "slots": max(settings.slots),
         "capacity_bytes": int(np.asarray(settings.slots) @ size),

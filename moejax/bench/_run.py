@@ -70,6 +70,7 @@ def run_bench(
             "sha256": shown.sha256,
             "num_tokens": shown.num_tokens,
             "num_requests": shown.num_requests,
+            "num_test_tokens": None if requests.test is None else requests.test.num_tokens,
             "num_test_requests": None if requests.test is None else requests.test.num_requests,
         },
         "settings": dataclasses.asdict(settings),

@@ -152,6 +152,13 @@ def bench(
             f"warning: the trace leaves {num_requests} request(s) to test on; larger batches "
             "decode copies of a request, which share experts as no other requests do"
         )
+    num_tokens = results["trace"]["num_test_tokens"]
+    num_replayed = max(sizes) * (settings.num_steps + settings.num_warmup_steps)
+    if num_tokens is not None and num_tokens < num_replayed:
+        say(
+            f"warning: the trace leaves {num_tokens:,} tokens to test on and a run at batch "
+            f"{max(sizes)} replays {num_replayed:,}; some come again, which flatters every cache"
+        )
     if results["trace"]["workload"]:
         say(f"routing is synthetic: the workload {results['trace']['workload']!r}, calibrated")
     emit(_means(results["grid"]), output)
