@@ -90,6 +90,7 @@ def compare(
     for i, record in enumerate(found):
         del record["per_layer_hit_ratio"]
         record |= {"routing": routing, "is_recorded": trace is not None, "model": spec.name}
+        record |= {"source": drawn.source, "licence": drawn.licence}
         record["slots"] = int(slots[i % len(slots)])
     lru_s = {r["slots"]: r["step_latency_s"] for r in found if r["strategy"] == "lru"}
     for record in found:
@@ -145,7 +146,7 @@ def page(results: dict) -> str:
         "auto-off at work; `qwen1.5-moe` is calibrated synthetic routing; the others are recorded "
         "routing. Profiles share no request with what is replayed.",
         "",
-        f"Made by `{' '.join(results['environment']['argv'])}`, commit "
+        f"Made by `python scripts/{' '.join(results['environment']['argv'])}`, commit "
         f"{results['environment']['commit']}.",
         "",
     ]
@@ -155,6 +156,8 @@ def page(results: dict) -> str:
         kind = "recorded" if mine[0]["is_recorded"] else "synthetic"
         lines += [
             f"## {routing} ({kind}, {mine[0]['model']})",
+            "",
+            f"Source: {mine[0]['source']} ({mine[0]['licence']}).",
             "",
             "| slots | strategy | step latency | over lru | hits | late | fetched | wasted |",
             "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
