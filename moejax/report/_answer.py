@@ -24,7 +24,13 @@ def answer(data: ReportData) -> str:
             f"On {hardware_title(data)}, {routing(data)}: this run holds only strategies that "
             "know the future, so it bounds what can be reached but recommends nothing."
         )
-    parts = [_setting(data, best), _comparison(data, best), _ties(data, best), _bound(data, best)]
+    parts = [
+        _setting(best, data.run.model.get("routed_bytes")),
+        _comparison(data, best),
+        _ties(data, best),
+        _traffic(best),
+        _bound(data, best),
+    ]
     if largest != smallest:
         parts.append(_at_largest(data, best, largest))
     return " ".join(part for part in parts if part)
@@ -35,16 +41,22 @@ def _best(data: ReportData, batch_size: int) -> Cell | None:
     return min(cells, key=lambda cell: cell.latency_s.mean, default=None)
 
 
-def _setting(data: ReportData, best: Cell) -> str:
-    routed = data.run.model.get("routed_bytes")
+def _setting(best: Cell, routed: int | None) -> str:
     whole = f" of the {format_bytes(routed)} that all experts take" if routed else ""
     return (
-        f"On {hardware_title(data)}, {routing(data)}, with {best.slots:g} expert "
-        f"slots a layer ({format_bytes(best.capacity_bytes)}{whole}), the fastest strategy "
-        f"without knowledge of the future at batch {best.key.batch_size} was "
-        f"**`{best.key.strategy}`**: median step {format_seconds(best.p50_s.mean)}, mean "
-        f"{format_seconds(best.latency_s.mean)}, hit ratio {format_ratio(best.hit_ratio.mean)}, "
-        f"{format_bytes(best.fetched_bytes.mean)} fetched a step."
+        "In this simulation, of the strategies that do not know the future, "
+        f"**`{best.key.strategy}`** was the fastest: with {best.slots:g} expert slots a layer "
+        f"({format_bytes(best.capacity_bytes)}{whole}) a decode step at batch "
+        f"{best.key.batch_size} takes {format_seconds(best.latency_s.mean)} in the mean "
+        f"(median step {format_seconds(best.p50_s.mean)}), "
+        f"{format_count(best.throughput_tokens_per_s.mean)} tokens/s."
+    )
+
+
+def _traffic(best: Cell) -> str:
+    return (
+        f"{format_ratio(best.hit_ratio.mean)} of the experts that tokens needed were on the "
+        f"device; {format_bytes(best.fetched_bytes.mean)} a step were copied there."
     )
 
 
@@ -65,7 +77,8 @@ def _comparison(data: ReportData, best: Cell) -> str:
         sentences.append(f"Nothing in this run is faster than plain `{_PLAIN}`.")
     over_nothing = _over(data, best, "on_demand")
     if over_nothing is not None and name != "on_demand":
-        sentences.append(f"It is {format_factor(over_nothing.mean)} as fast as `on_demand`.")
+        times = format_factor(over_nothing.mean)
+        sentences.append(f"It is {times} as fast as `on_demand`, which keeps nothing.")
     return " ".join(sentences)
 
 
@@ -82,7 +95,7 @@ def _ties(data: ReportData, best: Cell) -> str:
     ratios = {cell.key.strategy: _over(data, best, cell.key.strategy) for cell in others}
     tied = tuple(name for name, one in ratios.items() if one is not None and one.low <= 1.0)
     if not tied:
-        return "Every other one is slower by more than the interval."
+        return "No other one ties with it."
     return f"{listed(tied)} {'is' if len(tied) == 1 else 'are'} within the interval of it: a tie."
 
 
@@ -91,9 +104,8 @@ def _bound(data: ReportData, best: Cell) -> str:
     if oracle is None:
         return ""
     return (
-        "With perfect knowledge of the future `oracle` needs "
-        f"{format_seconds(oracle.latency_s.mean)} in the mean (median "
-        f"{format_seconds(oracle.p50_s.mean)})."
+        "`oracle`, which knows the future and so cannot be built, would need "
+        f"{format_seconds(oracle.latency_s.mean)}."
     )
 
 

@@ -35,8 +35,8 @@ def _latency(data: ReportData) -> str:
 
 def _speedup(data: ReportData) -> str:
     return (
-        "Mean step latency of the baseline divided by that of the strategy, over the same draws "
-        "of requests; error bars are the 95 % bootstrap interval."
+        f"Mean step latency of `{data.baseline}` divided by that of the strategy, over the same "
+        "draws of requests; error bars are the 95 % bootstrap interval."
     )
 
 
@@ -49,9 +49,11 @@ def _hit_rate(data: ReportData) -> str:
 
 def _hit_curve(data: ReportData) -> str:
     shown = (
-        "Hit ratio against slots per layer, caches filled by demand only, by the convention of "
-        "the published curves (a first touch is forgiven while a slot is free)."
+        "Hit ratio against slots per layer, without prefetches. Warm: the first demand of an "
+        "expert is not counted as a miss while a slot is free, as in the published curves."
     )
+    if "top_k" in data.run.hit_curve:
+        shown += " `top_k` pins at most half of a layer's experts and is flat from there on."
     if published_points(data.run.model["name"]):
         shown += (
             f" Hollow markers are published points ({PUBLISHED_SOURCE}, "
@@ -92,16 +94,24 @@ def _memory(data: ReportData) -> str:
 
 def _pareto(what: str) -> Callable[[ReportData], str]:
     def shown(data: ReportData) -> str:
+        bound = " `oracle` knows the future and cannot be built." if _has_oracle(data) else ""
         return (
             f"{what} Filled markers are on the front (grey line): no other strategy is at least "
-            "as good in both. Costs that agree in three digits count as equal."
+            f"as good in both. Costs that agree in three digits count as equal.{bound}"
         )
 
     return shown
 
 
 def _tiers(data: ReportData) -> str:
-    return "Experts of each layer by the fastest memory tier that holds them."
+    return (
+        "Experts of each layer by the fastest memory tier that holds them. The device copies from "
+        "pinned host memory directly, from pageable memory more slowly."
+    )
+
+
+def _has_oracle(data: ReportData) -> bool:
+    return "oracle" in data.run.strategies
 
 
 def _draws(data: ReportData) -> str:

@@ -71,6 +71,10 @@ def _how_to_read(data: ReportData) -> str:
         "## How to read this",
         "- A *step* decodes one token for every request of the batch. Times and bytes are per "
         "step unless something else is said.",
+        "- A *slot* is room for one expert on the device. Their number is a setting of this run "
+        "(`moejax bench --slots` or `--budget`), not what fits: `moejax estimate --model "
+        f"{data.run.model['name']} --budget SIZE --include-dense` says how many a card holds "
+        "beside the dense weights.",
         "- A *hit* is a demanded expert that was resident; a *late* one was on its way and the "
         "step waited for the rest; a *miss* was copied on demand. *Wasted* bytes were prefetched "
         "and not used. *Stall* is time that no compute hides.",
@@ -85,7 +89,11 @@ def _how_to_read(data: ReportData) -> str:
             "another, as the reference study assumes."
         )
     else:
-        lines.append(f"- Dispatch is *{shown}* throughout.")
+        meaning = {
+            "batched": "the requests of a batch decode in lockstep and share experts",
+            "sequential": "the requests of a batch are replayed one after another",
+        }[shown]
+        lines.append(f"- Dispatch is *{shown}* throughout: {meaning}.")
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 

@@ -21,7 +21,10 @@ def routing(data: ReportData) -> str:
 
 def provenance(data: ReportData) -> str:
     """What every time in the report rests on."""
-    return f"Simulated (timeline) with the cost model of {hardware_title(data)}, {routing(data)}."
+    said = f"Simulated with the cost model of {hardware_title(data)}, {routing(data)}."
+    if data.run.trace.get("workload") is None:
+        return said
+    return f"{said} Check the ranking on routing of your own (`moejax trace import`)."
 
 
 def provenance_in_short(data: ReportData) -> str:

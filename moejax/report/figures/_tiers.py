@@ -29,6 +29,8 @@ def tiers(data: ReportData) -> Figure:
     layers = np.arange(len(plan[0].experts_per_layer))
     bottom = np.zeros(len(layers))
     for index, (label, experts) in enumerate(heights):
+        if not np.any(experts):
+            continue
         style = -1 if label == "store only" else min(index, len(TIER_COLOURS) - 2)
         axes.bar(
             layers,
