@@ -187,7 +187,7 @@ def _tables(
         num_prefetches = jnp.minimum(num_landing, num_misses)
         return (
             numbers.clock.attention_s + resident_s + arriving_s,
-            resident_s,
+            numbers.any_miss_ratio[:, num_slots] * resident_s,
             saved_s(numbers, num_prefetches),
             num_misses + (1.0 - numbers.recall_ratio) * num_prefetches,
         )

@@ -41,7 +41,8 @@ class TierNumbers(NamedTuple):
     Attributes:
       num_misses: Expected misses of one step against retained slots, never rising; column 0 is
         the demand itself.
-      sample_misses: The same for single steps, or None; needed for the p99 objective.
+      any_miss_ratio: Share of steps in which a layer misses any expert, against retained slots.
+      sample_misses: Misses of single steps, or None; needed for the p99 objective.
       num_tokens: (token, expert) pairs of one step.
       clock: Times of one layer.
       pageable_s: One expert from pageable host memory to the device.
@@ -53,6 +54,7 @@ class TierNumbers(NamedTuple):
     """
 
     num_misses: Float[Array, "layers slots"]
+    any_miss_ratio: Float[Array, "layers slots"]
     sample_misses: Float[Array, "samples layers slots"] | None
     num_tokens: Float[Array, " layers"]
     clock: LayerClock
@@ -191,6 +193,7 @@ def tier_problem(
     tuned_misses, check_misses = _halves(sample_misses)
     numbers = TierNumbers(
         num_misses=_falling(num_demands[:, None] * (1.0 - hit_ratio)),
+        any_miss_ratio=_any_miss(num_demands[:, None] * (1.0 - hit_ratio), tuned_misses),
         sample_misses=tuned_misses,
         num_tokens=num_tokens,
         clock=clock,
@@ -286,6 +289,18 @@ def _halves(
     kept = np.linspace(0, len(sample_misses) - 1, num_kept).round().astype(int)
     # A single step has to serve for both.
     return _falling(sample_misses[kept[::2]]), _falling(sample_misses[kept[num_kept > 1 :: 2]])
+
+
+def _any_miss(
+    num_misses: Float[np.ndarray, "layers slots"],
+    sample_misses: Float[Array, "samples layers slots"] | None,
+) -> Float[Array, "layers slots"]:
+    """Counted where single steps are known; else as if each demand missed by itself."""
+    if sample_misses is not None:
+        return _falling(np.minimum(np.asarray(sample_misses), 1.0).mean(0))
+    num_demands = np.maximum(num_misses[:, :1], 1e-9)
+    hit_ratio = np.clip(1.0 - num_misses / num_demands, 0.0, 1.0)
+    return _falling(1.0 - hit_ratio**num_demands)
 
 
 def _max_landing(

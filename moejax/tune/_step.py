@@ -1,13 +1,17 @@
 """The predicted cost of one decode step under a split of the experts over the memory tiers.
 
 For each layer, with `r` slots that retain, `s` that are kept free for prefetches to land in, `p`
-pinned and `g` pageable, and `M(c)` the expected misses with `c` slots:
+pinned and `g` pageable, `M(c)` the expected misses and `A(c)` the share of steps that miss anything
+with `c` slots:
 
   misses        m    = M(r)
   transfer      T    = (M(r) - M(r+p)) copy + (M(r+p) - M(r+p+g)) pageable + M(r+p+g) store
   prefetches    j    = min(s, m),                    of which recall * j are demanded
   saved         S(j) = recall * j * copy - max(0, j * copy - window)
-  layer         t    = attention + c_res + c_arr + (T - S) - overlap * min(c_res, T - S)
+  layer         t    = attention + c_res + c_arr + (T - S) - overlap * min(A(r) c_res, T - S)
+
+Compute hides a transfer only in a step that has one: the mean of `min(c_res, wait)` is `A(r) c_res`
+for copies longer than `c_res`, far below the `min` of the means where few steps miss.
 
 `S` counts the link time a prefetch spends: what does not fit into the window delays the demand
 behind it, needed or not. It is linear between whole copies, so a single copy longer than the window
@@ -22,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.cost import event_s, expert_compute_s
+from moejax.cost import expert_compute_s
 
 from ._problem import TierNumbers
 
@@ -76,7 +80,7 @@ class Prediction(NamedTuple):
 @jax.jit
 def predict(numbers: TierNumbers, split: Split) -> Prediction:
     """Predicts latency, hits and traffic of one split."""
-    costs = layer_costs(numbers, numbers.num_misses, split)
+    costs = layer_costs(numbers, numbers.num_misses, numbers.any_miss_ratio, split)
     num_demands = jnp.sum(numbers.num_misses[:, 0])
     p99_s = jnp.asarray(jnp.nan)
     if numbers.sample_misses is not None:
@@ -102,10 +106,10 @@ def objective_terms(
 ) -> Float[Array, "samples layers"]:
     """The share of each layer in the objective; one sample unless the objective is p99."""
     if objective == "p99":
-        return jax.vmap(lambda step: layer_costs(numbers, step, split).latency_s)(
-            jnp.asarray(numbers.sample_misses)
-        )
-    costs = layer_costs(numbers, numbers.num_misses, split)
+        return jax.vmap(
+            lambda step: layer_costs(numbers, step, jnp.minimum(step, 1.0), split).latency_s
+        )(jnp.asarray(numbers.sample_misses))
+    costs = layer_costs(numbers, numbers.num_misses, numbers.any_miss_ratio, split)
     if objective == "latency":
         return costs.latency_s[None]
     return (costs.fetched_bytes + tie_bytes_per_s(numbers) * costs.latency_s)[None]
@@ -133,9 +137,19 @@ def tie_bytes_per_s(numbers: TierNumbers) -> Float[Array, ""]:
 
 
 def layer_costs(
-    numbers: TierNumbers, num_misses: Float[Array, "layers slots"], split: Split
+    numbers: TierNumbers,
+    num_misses: Float[Array, "layers slots"],
+    any_miss_ratio: Float[Array, "layers slots"],
+    split: Split,
 ) -> LayerCosts:
-    """The cost of one step in every layer, differentiable almost everywhere in the split."""
+    """The cost of one step in every layer, differentiable almost everywhere in the split.
+
+    Args:
+      numbers: Clock, tier costs and recall.
+      num_misses: Misses against retained slots, expected or of a single step.
+      any_miss_ratio: Share of steps that miss anything; 0 or 1 for a single step.
+      split: Slots of each layer.
+    """
     clock = numbers.clock
     num_demands = num_misses[:, 0]
     past_device = _at(num_misses, split.retained)
@@ -149,9 +163,9 @@ def layer_costs(
     num_prefetches = jnp.minimum(split.landing, past_device)
     resident_s, arriving_s = compute_s(numbers, num_demands, past_device)
     wait_s = transfer_s - saved_s(numbers, num_prefetches)
-    latency_s = jnp.asarray(
-        event_s(clock.attention_s, resident_s, arriving_s, wait_s, clock.overlap_ratio)
-    )
+    any_miss = _at(any_miss_ratio, split.retained)
+    hidden_s = clock.overlap_ratio * jnp.minimum(any_miss * resident_s, wait_s)
+    latency_s = clock.attention_s + resident_s + arriving_s + wait_s - hidden_s
     num_fetched = past_device + (1.0 - numbers.recall_ratio) * num_prefetches
     return LayerCosts(latency_s, num_fetched * clock.expert_bytes, past_device)
 

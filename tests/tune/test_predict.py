@@ -17,8 +17,9 @@ def whole(retained, landing, pinned, pageable) -> Split:
     return Split(*(jnp.full(6, float(slots)) for slots in (retained, landing, pinned, pageable)))
 
 
-def test_equals_the_cost_models_step():
+def test_equals_the_cost_models_step_where_every_step_misses():
     numbers = problem(num_slots=36).numbers
+    numbers = numbers._replace(any_miss_ratio=jnp.ones_like(numbers.any_miss_ratio))
     misses = np.asarray(numbers.num_misses)
     split = whole(4, 0, 3, 2)
     clock = numbers.clock
@@ -99,7 +100,8 @@ def test_percentile_is_that_of_the_sample_steps():
     asked = problem(num_slots=36, sample_misses=samples)
     split = whole(4, 0, 8, 0)
     # Every second step is tuned on: 101 of them, and the 99th percentile is the last but one.
-    step = asked.numbers._replace(num_misses=jnp.asarray(samples[198], jnp.float32))
+    misses = jnp.asarray(samples[198], jnp.float32)
+    step = asked.numbers._replace(num_misses=misses, any_miss_ratio=jnp.minimum(misses, 1.0))
     step_s = float(predict(step, split).step_latency_s)
     assert predict(asked.numbers, split).p99_latency_s == pytest.approx(step_s, rel=1e-5)
 
