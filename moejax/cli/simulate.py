@@ -173,6 +173,9 @@ def _learn(names: tuple[str, ...], routing: "Trace", path: Path | None) -> "Prof
                 f"{helpless[0]} learns from a profile and none was given",
                 "Give --profile FILE, a trace of other requests of the same model.",
             )
+        untrained = [name for name in names if STRATEGIES[name].learns]
+        if untrained:
+            say(f"note: no --profile, so {', '.join(untrained)} start(s) knowing nothing")
         return None
     learned_from = load_trace(path)
     shapes = [(one.num_layers, one.num_experts, one.topk) for one in (learned_from, routing)]

@@ -26,6 +26,7 @@ from ._routing import model_name, open_routing, recorded_trace, workload_of
 from ._tuning import DEFAULT_HOST, DEFAULT_PINNED, make_plan
 
 if TYPE_CHECKING:
+    from moejax.cards import Hardware, ModelSpec
     from moejax.tune import Plan
 
 
@@ -109,6 +110,8 @@ def tune_cache(
         include_dense=include_dense,
         seed=seed,
     )
+    if not include_dense:
+        _warn_of_vram(budgets[0], spec, profile)
     record = plan.to_json() | {
         "workload": routing.workload,
         "trace": str(trace) if trace is not None else None,
@@ -123,6 +126,17 @@ def tune_cache(
         _show(plan, profile.title)
     else:
         emit(record, output)
+
+
+def _warn_of_vram(budget_bytes: int, spec: "ModelSpec", hardware: "Hardware") -> None:
+    """Slots are not all that a card must hold: says so when the rest no longer fits beside them."""
+    spent_bytes = min(budget_bytes, spec.routed_bytes) + spec.dense_bytes
+    vram_bytes = hardware.value("vram_bytes")
+    if spent_bytes > vram_bytes:
+        say(
+            f"warning: these slots and the {format_bytes(spec.dense_bytes)} of other weights exceed "
+            f"the card's {format_bytes(vram_bytes)}; --include-dense puts both into the budget"
+        )
 
 
 def _json_file(path: Path) -> Path:
