@@ -111,7 +111,7 @@ def tune_cache(
         seed=seed,
     )
     if not include_dense:
-        _warn_of_vram(budgets[0], spec, profile)
+        _warn_of_vram(budget_bytes, spec, profile)
     record = plan.to_json() | {
         "workload": routing.workload,
         "trace": str(trace) if trace is not None else None,
@@ -134,7 +134,7 @@ def _warn_of_vram(budget_bytes: int, spec: "ModelSpec", hardware: "Hardware") ->
     vram_bytes = hardware.value("vram_bytes")
     if spent_bytes > vram_bytes:
         say(
-            f"warning: these slots and the {format_bytes(spec.dense_bytes)} of other weights exceed "
+            f"warning: with {format_bytes(spec.dense_bytes)} of other weights these slots exceed "
             f"the card's {format_bytes(vram_bytes)}; --include-dense puts both into the budget"
         )
 
