@@ -1,6 +1,5 @@
 """The experiment: strategies x batch sizes x runs on the timeline."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +88,7 @@ def run_grid(
                 clocks,
                 np.asarray([settings.slots] * len(points), np.int32),
                 seeds=[settings.seed + run for _, run in points],
-                topk=model.num_experts_per_tok,
+                topk=draws[0].topk,
             )
             for (size, run), clock, result in zip(points, clocks, results, strict=True):
                 record = summarise(result, clock, settings, batch_size=size, dispatch=dispatch)
@@ -129,7 +128,12 @@ def simulate_lanes(
     Returns:
       One record a lane, as numpy arrays.
     """
-    run = _mapped_timeline(strategy, topk)
+
+    @jax.jit
+    @jax.vmap
+    def run(lane, clock, capacity, key):
+        return timeline(strategy, lane, clock, capacity, key, topk=topk)
+
     width = min(MAX_LANES, len(lanes))
     results: list[Record] = []
     for start in range(0, len(lanes), width):
@@ -232,14 +236,6 @@ def _clock(
         context_tokens=settings.context_tokens,
         expert_bytes=trace.expert_bytes,
     )
-
-
-@functools.cache
-def _mapped_timeline(strategy: Strategy, topk: int):
-    def one_lane(lane, clock, capacity, key):
-        return timeline(strategy, lane, clock, capacity, key, topk=topk)
-
-    return jax.jit(jax.vmap(one_lane))
 
 
 def _stack(trees: Sequence[Any]) -> Any:

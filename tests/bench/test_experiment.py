@@ -1,5 +1,7 @@
 """The grid: what a record holds, that it can be repeated, and that strategies meet the same."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,16 @@ def requests():
 @pytest.fixture(scope="module")
 def grid(requests):
     return run_grid(SETTINGS, MODEL, HARDWARE, requests, learn(requests))
+
+
+def test_the_trace_says_how_many_experts_a_token_demands(requests, grid):
+    """A recording may have been routed to fewer experts than the model's card says."""
+    card = dataclasses.replace(MODEL, num_experts_per_tok=TOPK + 3)
+    settings = dataclasses.replace(SETTINGS, strategies=("multi_look",))
+    found = run_grid(settings, card, HARDWARE, requests, learn(requests))
+    expected = [record for record in grid if record["strategy"] == "multi_look"]
+    for counts in ("num_hits", "num_misses", "num_prefetches"):
+        assert [r[counts] for r in found] == [r[counts] for r in expected]
 
 
 def test_every_point_has_every_field(grid):
