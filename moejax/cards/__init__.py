@@ -1,5 +1,6 @@
 """Cards: what is known about a model or a machine, with the source of every fact."""
 
+from ._fields import Fields as Fields
 from ._hardware import CONSTANT_NAMES as CONSTANT_NAMES
 from ._hardware import KINDS as KINDS
 from ._hardware import Constant as Constant

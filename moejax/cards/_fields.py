@@ -1,5 +1,6 @@
 """Typed look-ups in a configuration; every complaint names the field and the file."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,22 @@ class Fields:
                 f"{self.where}: {name} = {self.values[name]!r} is not true or false", CONFIG_HINT
             )
         return self.values[name]
+
+    def number(self, name: str) -> float:
+        """A finite number above zero that must be stated.
+
+        Raises:
+          BadFileError: The field is missing or no such number.
+        """
+        if not self.has(name):
+            raise self._missing((name,))
+        value = self.values[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            raise BadFileError(
+                f"{self.where}: {name} = {value!r} is not a number above 0", CONFIG_HINT
+            )
+        return float(value)
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text; missing is an error unless there is a default."""

@@ -1,0 +1,15 @@
+"""Qwen1.5-MoE in Flax: the model, its weights, its tokenizer."""
+
+from ._config import QwenMoeConfig as QwenMoeConfig
+from ._config import read_config as read_config
+from ._config import write_config as write_config
+from .experts import EXPERTS as EXPERTS
+from .experts import choose_experts as choose_experts
+from .experts import experts as experts
+from .modeling import KVCache as KVCache
+from .modeling import Lookahead as Lookahead
+from .modeling import QwenMoe as QwenMoe
+from .modeling import RoutedExperts as RoutedExperts
+from .modeling import Routing as Routing
+from .modeling import abstract as abstract
+from .modeling import empty_cache as empty_cache
