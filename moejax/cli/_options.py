@@ -32,6 +32,12 @@ def _hardware_names() -> list[str]:
     return list(HARDWARE)
 
 
+def _trace_names() -> list[str]:
+    from moejax.trace import TRACES
+
+    return list(TRACES)
+
+
 ModelOption: TypeAlias = Annotated[
     str,
     typer.Option(
@@ -64,7 +70,12 @@ HardwareOption: TypeAlias = Annotated[
 ]
 TraceOption: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--trace", metavar="FILE", help="Recorded routing, made by `trace import`."),
+    typer.Option(
+        "--trace",
+        metavar="TRACE",
+        autocompletion=_trace_names,
+        help="Recorded routing: a file of `trace record` or `trace import`, or a name: small-moe.",
+    ),
 ]
 WorkloadOption: TypeAlias = Annotated[
     str | None,
