@@ -183,13 +183,13 @@ def read_config(values: dict[str, Any], where: str) -> QwenMoeConfig:
 def write_config(config: QwenMoeConfig) -> dict[str, Any]:
     """The fields of a `config.json` that `read_config` and transformers both read."""
     fields = asdict(config)
-    eos_token_ids = fields.pop("eos_token_ids")
+    rope_theta, eos_token_ids = fields.pop("rope_theta"), fields.pop("eos_token_ids")
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         **fields,
         "mlp_only_layers": list(config.mlp_only_layers),
-        "rope_parameters": {"rope_type": "default", "rope_theta": fields.pop("rope_theta")},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "hidden_act": "silu",
         "use_sliding_window": False,
         "eos_token_id": eos_token_ids[0]
