@@ -25,6 +25,7 @@ FLOORS = {
     "units": 0,
     "_types": 0,
     "errors": 0,
+    "tensors": 0,
     "cards": 1,
     "trace": 1,
     "results": 1,
@@ -41,10 +42,10 @@ FLOORS = {
     "cli": 5,
     "__main__": 6,
 }
-# Within floor 0: errors know nothing, units raise errors.
-ALLOWED_SIDEWAYS = {("units", "errors")}
+# Within floor 0: errors know nothing, the others raise them.
+ALLOWED_SIDEWAYS = {("units", "errors"), ("tensors", "errors"), ("trace", "cards")}
 # These start fast and run where jax is absent or broken, at least until a function is called.
-WITHOUT_JAX = ("cards", "trace", "results", "units", "errors", "report", "cli")
+WITHOUT_JAX = ("cards", "trace", "results", "units", "errors", "tensors", "report", "cli")
 MAX_LINES = 400
 
 

@@ -1,6 +1,5 @@
 """Typed look-ups in a configuration; every complaint names the field and the file."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from moejax.errors import BadFileError
 
 # Far above any model and far below what would overflow a 64-bit product of three widths.
 _MAX_COUNT = 2**24
+_MAX_NUMBER = 3.4e38  # what float32 holds
 CONFIG_HINT = "Compare the file with the config.json that the model was published with."
 
 
@@ -71,7 +71,7 @@ class Fields:
         return self.values[name]
 
     def number(self, name: str) -> float:
-        """A finite number above zero that must be stated.
+        """A number above zero, within float32, that must be stated.
 
         Raises:
           BadFileError: The field is missing or no such number.
@@ -80,7 +80,7 @@ class Fields:
             raise self._missing((name,))
         value = self.values[name]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
+        if not is_number or not 0 < value < _MAX_NUMBER:
             raise BadFileError(
                 f"{self.where}: {name} = {value!r} is not a number above 0", CONFIG_HINT
             )

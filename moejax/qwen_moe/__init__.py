@@ -1,5 +1,8 @@
 """Qwen1.5-MoE in Flax: the model, its weights, its tokenizer."""
 
+from ._checkpoint import Checkpoint as Checkpoint
+from ._checkpoint import find_checkpoint as find_checkpoint
+from ._checkpoint import open_checkpoint as open_checkpoint
 from ._config import QwenMoeConfig as QwenMoeConfig
 from ._config import read_config as read_config
 from ._config import write_config as write_config

@@ -217,7 +217,7 @@ def _refuse_foreign(fields: Fields) -> None:
     if fields.has("use_sliding_window") and fields.flag("use_sliding_window"):
         raise BadFileError(f"{fields.where}: use_sliding_window is not supported", _HINT)
     kinds = fields.values.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds):
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise BadFileError(f"{fields.where}: layer_types other than full_attention", _HINT)
 
 

@@ -7,6 +7,9 @@ from ._demand import next_use as next_use
 from ._file import load_trace as load_trace
 from ._file import save_trace as save_trace
 from ._import import import_trace as import_trace
+from ._named import TRACES as TRACES
+from ._named import find_trace as find_trace
+from ._named import trace_note as trace_note
 from ._select import select_requests as select_requests
 from ._select import split_profile as split_profile
 from ._statistics import TraceStatistics as TraceStatistics

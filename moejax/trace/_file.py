@@ -9,14 +9,23 @@ import numpy as np
 from safetensors.numpy import save
 
 from moejax.errors import BadFileError, UsageError
+from moejax.tensors import FileKind, map_tensors
 
-from ._safetensors import map_tensors
+from ._named import find_trace
 from ._trace import Trace, hash_experts
 from ._validate import naming, validate_trace
 
 _KEY = "moejax"
 _VERSION = 1
 _HINT = "Write it anew with: moejax trace import or moejax trace make"
+_KIND = FileKind(
+    name="trace",
+    dtypes=("U8", "U16", "F16", "I32", "I64"),
+    # A dozen tensors and one line of metadata.
+    max_header_bytes=2**20,
+    hint=_HINT,
+    zip_hint="If it is an .npz, run: moejax trace import FILE",
+)
 _EXPERT_TYPES = (np.uint8, np.uint16)
 _TENSORS = {
     "experts": _EXPERT_TYPES,
@@ -33,12 +42,15 @@ _TEXTS = ("model", "source", "licence", "sha256")
 def load_trace(path: str | Path) -> Trace:
     """Maps a trace file; arrays are read from disk as they are used.
 
+    Args:
+      path: A file, or the name of a trace that comes with moejax.
+
     Raises:
       BadFileError: The file is missing, corrupt, no trace, inconsistent, or was changed since
         it was written (its hash differs).
     """
-    path = Path(path)
-    tensors, metadata = map_tensors(path)
+    path = find_trace(path)
+    tensors, metadata = map_tensors(path, _KIND)
     if set(metadata) != {_KEY}:
         raise BadFileError(f"{path} has no metadata of moejax", "Run: moejax trace import FILE")
     for name, array in tensors.items():
