@@ -19,12 +19,13 @@ from .bench import bench
 from .env import env
 from .estimate import estimate
 from .fit import fit
+from .generate import generate
 from .report import report
 from .simulate import simulate
 from .tune_cache import tune_cache
 from .validate import validate
 
-COMMANDS = (bench, tune_cache, report, simulate, estimate, fit, validate, env)
+COMMANDS = (bench, tune_cache, report, simulate, estimate, generate, fit, validate, env)
 GROUPS = (trace.app,)
 
 _SETTINGS = (

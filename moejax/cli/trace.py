@@ -7,15 +7,33 @@ import typer
 
 from moejax.errors import UsageError
 
+from ._generation import (
+    DEFAULT_CHECKPOINT,
+    DEFAULT_NEW_TOKENS,
+    ChatOption,
+    CheckpointOption,
+    IgnoreEosOption,
+    TemperatureOption,
+    TopPOption,
+    WeightType,
+    WeightTypeOption,
+    encode_prompt,
+    exact_float32,
+    find_checkpoint,
+    load_model,
+    open_text,
+    read_prompts,
+    stop_tokens,
+)
 from ._options import EXIT_CODES, OfflineOption, OutputOption, SeedOption
 from ._output import OutputFormat, emit
-from ._progress import say
+from ._progress import say, show_progress
 from ._routing import check_workload
 
 if TYPE_CHECKING:
     from moejax.trace import Trace
 
-app = typer.Typer(name="trace", help="Import, make and inspect routing traces.")
+app = typer.Typer(name="trace", help="Import, record, make and inspect routing traces.")
 
 _SUFFIX = ".safetensors"
 
@@ -72,6 +90,98 @@ def import_(
     target = target or source.with_suffix(_SUFFIX)
     save_trace(trace, target)
     _say_warnings(trace)
+    emit({"file": str(target), **_summary(trace)}, output)
+
+
+@app.command(epilog=EXIT_CODES)
+def record(
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="One prompt a line; in a .jsonl file an object with `prompt` or `prompt_ids`.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.safetensors", help="Where the trace goes.")
+    ],
+    model: CheckpointOption = DEFAULT_CHECKPOINT,
+    chat: ChatOption = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="New tokens after each prompt.")
+    ] = DEFAULT_NEW_TOKENS,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Prompts that are run at once.")
+    ] = 1,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    ignore_eos: IgnoreEosOption = False,
+    lookahead_depth: Annotated[
+        int,
+        typer.Option(
+            "--lookahead-depth", min=0, help="Next layers whose gates are asked too; 0 for none."
+        ),
+    ] = 3,
+    lookahead_width: Annotated[
+        int | None,
+        typer.Option(
+            "--lookahead-width", min=1, help="Experts they name; default: twice a token's own."
+        ),
+    ] = None,
+    weight_type: WeightTypeOption = WeightType.checkpoint,
+    origin: Annotated[
+        str, typer.Option("--source", metavar="TEXT", help="What the prompts are.")
+    ] = "",
+    licence: Annotated[
+        str, typer.Option("--licence", metavar="TEXT", help="The trace's licence, carried along.")
+    ] = "",
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Let a model go on from prompts and record where its router sends every token.
+
+    The trace has phases, routing weights, token numbers and what the gates of the next layers say
+    of each layer's hidden state. Token numbers let the texts be read again: mind what the prompts
+    hold. An interrupted run goes on where it stopped when the same command is given again.
+
+    Example: moejax trace record --prompts prompts.txt --max-new-tokens 64 --out tiny.safetensors
+    """
+    target = _target(out)
+    given = read_prompts(prompts)
+    from moejax import engine
+
+    sampling = engine.Sampling(temperature, top_p)
+    checkpoint = find_checkpoint(model)
+    tokenizer = open_text(checkpoint, given)
+    token_ids = [
+        encode_prompt(one, checkpoint, tokenizer, is_chat=chat, max_new_tokens=max_new_tokens)
+        for one in given
+    ]
+    lookahead = engine.default_lookahead(checkpoint.config, lookahead_depth)
+    if lookahead is not None and lookahead_width is not None:
+        lookahead = lookahead._replace(width=lookahead_width)
+    network = load_model(checkpoint, weight_type)
+    try:
+        with exact_float32(network), show_progress("recording") as progress:
+            trace = engine.record(
+                engine.Engine(network),
+                token_ids,
+                max_new_tokens=max_new_tokens,
+                out=target,
+                batch_size=batch_size,
+                sampling=sampling,
+                seed=seed,
+                stop_token_ids=stop_tokens(checkpoint, tokenizer, ignore_eos),
+                lookahead=lookahead,
+                model_name=checkpoint.name,
+                source=origin or f"{checkpoint.name} on {prompts.name}",
+                licence=licence,
+                on_progress=progress,
+            )
+    except KeyboardInterrupt:
+        say("what was recorded is kept: the same command goes on from there")
+        raise
     emit({"file": str(target), **_summary(trace)}, output)
 
 

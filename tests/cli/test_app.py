@@ -112,7 +112,8 @@ def test_usage_errors_name_the_word_and_exit_2(capsys, argv, cause):
 
 
 COMMANDS = [["bench"], ["tune-cache"], ["report"], ["simulate"], ["estimate"], ["fit"]]
-COMMANDS += [["validate"], ["env"], ["trace", "import"], ["trace", "make"], ["trace", "info"]]
+COMMANDS += [["generate"], ["validate"], ["env"]]
+COMMANDS += [["trace", name] for name in ("import", "make", "record", "info")]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

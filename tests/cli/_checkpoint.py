@@ -1,0 +1,35 @@
+"""A tiny random checkpoint with a tokenizer of bytes, so that commands take a second."""
+
+from pathlib import Path
+
+from flax import nnx
+
+from moejax.qwen_moe import QwenMoe, QwenMoeConfig
+from moejax.qwen_moe.params import save
+
+from ..qwen_moe._byte_tokenizer import write_byte_tokenizer
+
+CONFIG = QwenMoeConfig(
+    vocab_size=256,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=12,
+    norm_topk_prob=False,
+    max_position_embeddings=32,
+    # Large weights, so that texts vary and no two logits are close.
+    initializer_range=0.5,
+    dtype="float32",
+    eos_token_ids=(0,),
+)
+
+
+def write_checkpoint(folder: Path, **settings) -> Path:
+    """Writes the checkpoint; `settings` go to its `tokenizer_config.json`."""
+    save(QwenMoe(CONFIG, rngs=nnx.Rngs(0)), folder)
+    return write_byte_tokenizer(folder, **settings)
