@@ -26,8 +26,8 @@ class Environment:
       num_cpus: Processors that this process may use.
       platform: Operating system and architecture.
       versions: Version of Python, of moejax and of each library that shapes the result.
-      commit: Git commit of the checkout, `+dirty` after it when files differ; `unknown` outside
-        a checkout.
+      commit: Git commit of the checkout, `+dirty` after it when files differ. Where there is no
+        checkout, what MOEJAX_COMMIT says the files were copied from; else `unknown`.
       argv: The command as given, with the home folder written `~`.
       seed: The run's seed; None when nothing was drawn.
       date: UTC, ISO 8601, to the second.
@@ -101,15 +101,16 @@ def _argv() -> list[str]:
 
 
 def _commit() -> str:
+    copied_from = os.environ.get("MOEJAX_COMMIT", "unknown")
     checkout = Path(moejax.__file__).resolve().parents[1]
     try:
         # An environment inside some other project's checkout must not report that one's commit.
         if Path(_git(checkout, "rev-parse", "--show-toplevel")).resolve() != checkout:
-            return "unknown"
+            return copied_from
         commit = _git(checkout, "rev-parse", "HEAD")
         is_dirty = bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return copied_from
     return f"{commit}+dirty" if is_dirty else commit
 
 
