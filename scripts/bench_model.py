@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 from model_timing import (
     CACHE_POSITIONS,
-    CANDIDATES,
     CONTEXT,
     SEED,
     RandomModel,
@@ -43,7 +42,7 @@ from model_timing import (
 
 from moejax.cards import MODELS, models_dir, read_card
 from moejax.errors import MoejaxError
-from moejax.qwen_moe import QwenMoeConfig, choose_experts, read_config, write_config
+from moejax.qwen_moe import EXPERTS, QwenMoeConfig, choose_experts, read_config, write_config
 from moejax.results import Measurement, capture_environment, to_plain, write_json
 
 PARTS = ("decode", "baseline", "prefill", "experts", "fastest")
@@ -57,29 +56,37 @@ SLOWEST_S = 1.0
 
 @dataclass
 class Run:
-    """Results so far, where they are kept, and when to start nothing new."""
+    """Results so far, where they are kept, and when all of it is to have ended."""
 
     results: dict[str, Any]
     out: Path | None
     max_seconds: float
     started: float = field(default_factory=time.perf_counter)
+    longest_s: dict[str, float] = field(default_factory=dict)
 
     def left_s(self) -> float:
-        """Seconds in which something may still be started."""
+        """Seconds until everything is to have ended."""
         return self.max_seconds - (time.perf_counter() - self.started)
 
     def attempt(self, part: str, case: Row, measure: Callable[[], Row]) -> Row:
-        """Adds what `measure` returns, or why it does not, to the rows of a part."""
-        if self.left_s() <= 0:
-            found = {"error": f"not started within {self.max_seconds:g} s"}
-        else:
-            words = ", ".join(str(value) for value in case.values())
-            elapsed_s = self.max_seconds - self.left_s()
-            print(f"{elapsed_s:6.1f} s  {part} {words}", file=sys.stderr, flush=True)
-            try:
-                found = measure()
-            except Exception as error:  # Out of memory, most likely; the other results count.
-                found = {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}
+        """Adds what `measure` returns, or why it does not, to the rows of a part.
+
+        A case is expected to take what the longest of its part took, and a part's first case what
+        decode did. One that would end too late is not started and leaves no row.
+        """
+        start_s = self.max_seconds - self.left_s()
+        words = f"{start_s:6.1f} s  {part} {', '.join(str(value) for value in case.values())}"
+        expected_s = self.longest_s.get(part, self.longest_s.get("decode", 0.0))
+        if self.left_s() <= expected_s:
+            print(f"{words}: not started, would take {expected_s:.1f} s", file=sys.stderr)
+            return {}
+        print(words, file=sys.stderr, flush=True)
+        try:
+            found = measure()
+        except Exception as error:  # Out of memory, most likely; the other results count.
+            found = {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}
+        took_s = self.max_seconds - self.left_s() - start_s
+        self.longest_s[part] = max(took_s, self.longest_s.get(part, 0.0))
         self.results.setdefault(part, []).append({**case, **found})
         self.save()
         return found
@@ -133,14 +140,16 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-sizes", type=numbers, default=[1, 4, 16])
     parser.add_argument("--prefill", type=numbers, default=[2048, 128], help="prompt lengths")
-    parser.add_argument("--experts", default="auto", choices=["auto", *CANDIDATES])
+    parser.add_argument("--experts", default="auto", choices=["auto", *EXPERTS])
     parser.add_argument("--attention", default="xla", choices=["xla", "cudnn"], help="of prompts")
     parser.add_argument("--sweep-tokens", type=numbers, default=list(SWEEP_TOKENS))
     parser.add_argument("--sweep-seconds", type=float, default=90, help="for all of the sweep")
     parser.add_argument("--window", type=int, default=16, help="steps between two readings")
     parser.add_argument("--num-windows", type=int, default=6)
     parser.add_argument("--parts", type=parts, default=list(PARTS))
-    parser.add_argument("--max-seconds", type=float, default=240, help="start nothing after that")
+    parser.add_argument(
+        "--max-seconds", type=float, default=240, help="start nothing likely to end later"
+    )
     parser.add_argument("--baseline-python", default=sys.executable, help="one that has torch")
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
     parser.add_argument("--out", type=Path, help="file for the results")
@@ -250,7 +259,7 @@ def sweep_experts(
     least_left_s = run.left_s() - max_seconds
     slow: set[str] = set()
     for num_tokens in token_counts:
-        for name in CANDIDATES:
+        for name in EXPERTS:
             if num_tokens > MOST_TOKENS.get(name, num_tokens) or name in slow:
                 continue
             case = {"num_tokens": num_tokens, "implementation": name}
@@ -262,7 +271,7 @@ def sweep_experts(
                 case,
                 lambda n=num_tokens, name=name: time_experts(model, ceilings, n, name),
             )
-            if "error" not in found and found["layer"].median > SLOWEST_S:
+            if "layer" in found and found["layer"].median > SLOWEST_S:
                 slow.add(name)
 
 

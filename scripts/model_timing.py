@@ -6,7 +6,7 @@ with plain arrays, the clock stopped when results are there.
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -75,22 +75,6 @@ class RandomModel:
     def head_size(self) -> int:
         """Numbers in the head, and in the embedding."""
         return self.config.vocab_size * self.config.hidden_size
-
-
-def dense(x, selected_experts, routing_weights, gate_up_proj, down_proj):
-    """Every expert computes every token in one batched product, and counts where it was chosen."""
-    chosen = jax.nn.one_hot(selected_experts, gate_up_proj.shape[0], axis=0, dtype=jnp.float32)
-    share = (chosen * routing_weights[None]).sum(-1)
-    wide = jnp.float32
-    gate_up = jnp.einsum("th,efh->etf", x, gate_up_proj, preferred_element_type=wide)
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    active = (jax.nn.silu(gate) * up).astype(x.dtype)
-    y = jnp.einsum("etf,ehf->eth", active, down_proj, preferred_element_type=wide)
-    return (y * share[:, :, None]).sum(0).astype(x.dtype)
-
-
-CANDIDATES: Mapping[str, Callable[..., jax.Array]] = {"dense": dense, **EXPERTS}
-"""The package's implementations and what may become one."""
 
 
 def draw_weights(config: QwenMoeConfig, dtype: jnp.dtype) -> RandomModel:
@@ -179,7 +163,7 @@ def time_prefill(
     def prefill(weights, token_ids, positions):
         merged = model.merge(weights)
         hidden, cache, _ = merged.hidden_states(
-            token_ids, positions, experts=CANDIDATES.get(experts, experts), attention=attention
+            token_ids, positions, experts=experts, attention=attention
         )
         return jnp.argmax(merged.logits(hidden[:, -1]), axis=-1), cache
 
@@ -216,7 +200,7 @@ def time_experts(model: RandomModel, ceilings: Row, num_tokens: int, implementat
 
     def chain(x, chosen, routing_weights, gate_ups, downs):
         for layer, weights in enumerate(zip(gate_ups, downs, strict=True)):
-            x = x + CANDIDATES[implementation](x, chosen[layer], routing_weights, *weights)
+            x = x + EXPERTS[implementation](x, chosen[layer], routing_weights, *weights)
         return x
 
     x = _draw(jax.random.key(num_tokens), (num_tokens, config.hidden_size), gate_ups[0].dtype)
@@ -274,9 +258,7 @@ def _sample(call: Callable[[], Any], name: str) -> Measurement:
 def _decode(model: RandomModel, experts: str) -> Callable[..., Any]:
     def decode(weights, cache, token_ids, positions):
         merged = model.merge(weights)
-        hidden, cache, routings = merged.hidden_states(
-            token_ids, positions, cache, experts=CANDIDATES.get(experts, experts)
-        )
+        hidden, cache, routings = merged.hidden_states(token_ids, positions, cache, experts=experts)
         token_ids = jnp.argmax(merged.logits(hidden), axis=-1).astype(jnp.int32)
         selected = jnp.stack([routing.selected_experts for routing in routings])
         return cache, token_ids, positions + 1, selected

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from train_model import heldout_losses
 from training_data import END_OF_TEXT, open_corpus
-from training_step import from_model, make_evaluation
+from training_step import choose_attention, from_model, make_evaluation
 
 from moejax.engine import Engine, Sampling, record
 from moejax.errors import BadFileError, MoejaxError
@@ -85,7 +85,9 @@ def record_domains(options: argparse.Namespace) -> None:
     path = options.out / f"{NAME}.safetensors"
     save_trace(decoded, path)
     corpus = open_corpus(options.corpus, is_bytes=False)
-    evaluate = make_evaluation(model.config, attention="xla")
+    length = model.config.max_position_embeddings
+    attention, _ = choose_attention(model.config, length)
+    evaluate = make_evaluation(model.config, attention=attention)
     found = {
         "schema": "moejax.small-moe/1",
         "environment": capture_environment(options.seed),
@@ -96,9 +98,7 @@ def record_domains(options: argparse.Namespace) -> None:
             "num_requests": counts,
             "temperature": SAMPLING.temperature,
         },
-        "heldout": heldout_losses(
-            evaluate, from_model(model), corpus, model.config.max_position_embeddings
-        ),
+        "heldout": heldout_losses(evaluate, from_model(model), corpus, length),
         "statistics": statistics(decoded),
         "domains": describe_domains(load_trace(path), counts),
         "lookahead_recall": lookahead_recall(decoded),
@@ -181,10 +181,10 @@ def fit(trace: Trace, counts: dict[str, int], max_bytes: int) -> tuple[Trace, di
 def describe_domains(trace: Trace, counts: dict[str, int]) -> dict[str, Any]:
     """How much the routing depends on what the text is about.
 
-    Every domain's requests are halved. Distances are total variation between expert frequencies,
-    mean of layers: between halves of one domain, which is what chance leaves, and between halves
-    of two. A pinned profile keeps the most frequent experts of one half and is tried on the other
-    half of the same domain and on those of other domains.
+    Every domain's requests are halved, every other one to one half. Distances are total variation
+    between expert frequencies, mean of layers: between halves of one domain, which is what chance
+    leaves, and between halves of two. A pinned profile keeps the most frequent experts of one
+    half and is tried on the other half of the same domain and on those of other domains.
     """
     halves = []
     first = 0

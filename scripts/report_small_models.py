@@ -20,7 +20,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moejax.cards import models_dir
+from moejax.cards import models_dir, read_card
 from moejax.errors import BadFileError, MoejaxError
 from moejax.report._palette import FAINT, GRID, INK
 from moejax.results import capture_environment, read_json, to_plain, write_json, write_text
@@ -58,6 +58,7 @@ def main() -> int:
 
 def gather(folder: Path, recorded: Path | None) -> dict[str, Any]:
     """Everything the report says."""
+    qwen = read_card(models_dir() / "workloads" / "qwen1.5-moe.toml")
     return {
         "schema": "moejax.small-models/1",
         "environment": to_plain(capture_environment(0)),
@@ -69,6 +70,7 @@ def gather(folder: Path, recorded: Path | None) -> dict[str, Any]:
             if recorded is None
             else describe_recordings(recorded)
         ),
+        "published": {**qwen["targets"]["statistics"], "source": qwen["source"]},
     }
 
 
@@ -173,13 +175,14 @@ def page(results: dict[str, Any]) -> str:
         f"{sum(recording['trace']['num_requests'].values())} texts over "
         f"{len(recording['trace']['num_requests'])} domains, sampled at temperature "
         f"{recording['trace']['temperature']:g}. The other rows are other people's recordings, "
-        "described by the same code; the recordings are not part of the project.",
+        "described by the same code; the recordings are not part of the project. The last row "
+        f"quotes {results['published']['source']}.",
         "",
         *_routing_table(results),
         "",
         "## Domains",
         "",
-        "Total variation between expert frequencies, mean of layers, between random halves: "
+        "Total variation between expert frequencies, mean of layers, between halves of the texts: "
         f"{domains['within_domain_distance']:.3f} within one domain, "
         f"{domains['between_domains_distance']:.3f} between two.",
         "",
@@ -203,8 +206,8 @@ def page(results: dict[str, Any]) -> str:
         "",
     ]
     for domain, sample in results["samples"].items():
-        lines += [f"### {domain}", "", "```text", sample["prompt"] + " [...] " + sample["text"]]
-        lines += ["```", ""]
+        lines += [f"### {domain}", "", "````text", sample["prompt"] + " [...] " + sample["text"]]
+        lines += ["````", ""]
     return "\n".join(lines)
 
 
@@ -249,16 +252,28 @@ def _heldout_table(results: dict[str, Any]) -> list[str]:
 
 
 def _routing_table(results: dict[str, Any]) -> list[str]:
-    rows = {"**small-moe**": results["recording"]["statistics"], **results["recorded_models"]}
+    rows = {
+        "**small-moe**": results["recording"]["statistics"],
+        **results["recorded_models"],
+        "Qwen1.5-MoE-A2.7B, as published": results["published"],
+    }
     lines = [
         f"| recording | shape | {' | '.join(MEASURES.values())} |",
         "|---" * (2 + len(MEASURES)) + "|",
     ]
     for name, row in rows.items():
-        cells = ["none" if row[measure] is None else f"{row[measure]:.3f}" for measure in MEASURES]
+        cells = [_cell(row.get(measure)) for measure in MEASURES]
         shape = row.get("shape", "24 x 60, top-4")
         lines.append(f"| {name} | {shape} | {' | '.join(cells)} |")
     return lines
+
+
+def _cell(value: float | list[float] | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " to ".join(f"{bound:.2f}" for bound in value)
+    return f"{value:.3f}"
 
 
 def _profile_table(domains: dict[str, Any]) -> list[str]:

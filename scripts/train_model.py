@@ -99,8 +99,12 @@ def main() -> int:
     parser.add_argument("--config", required=True, choices=sorted(RECIPES))
     parser.add_argument("--corpus", type=Path, required=True, help="folder of build_corpus.py")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, help="wall-clock time of this run, all included")
-    parser.add_argument("--total-minutes", type=float, help="of all runs together")
+    parser.add_argument("--minutes", type=float, help="time of this run, all included")
+    parser.add_argument(
+        "--total-minutes",
+        type=float,
+        help="of all runs; give the last run more --minutes than are left",
+    )
     parser.add_argument("--steps", type=int, help="steps in all, instead of a time")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state")
     parser.add_argument("--batch-size", type=int, help="windows a step")

@@ -27,6 +27,8 @@ FIRST_STEPS, TIMED_STEPS = 5, 30
 DECAY_RATIO = 0.2
 # Kept for the last held-out loss, the last checkpoint and the model's files.
 RESERVED_S = 20
+# Of the time that is left, what the steps are planned to take.
+_PLANNED_RATIO = 0.98
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,16 @@ class Pace:
         step, time_s = self.timed_from
         step_s = (time.monotonic() - time_s) / (progress.step - step)
         left_s = self.limits.total_s - self.elapsed_s - self._run_s() - RESERVED_S
-        num_steps = progress.step + max(1, int(left_s / step_s))
+        num_steps = progress.step + max(1, int(_PLANNED_RATIO * left_s / step_s))
         decay_from = progress.decay_from
         if progress.step != decay_from:
             decay_from = max(progress.step + 1, int(num_steps * (1 - DECAY_RATIO)))
         return replace(progress, num_steps=num_steps, decay_from=decay_from)
 
     def is_complete(self, progress: Progress) -> bool:
-        """Whether the last step is done."""
-        return progress.num_steps is not None and progress.step >= progress.num_steps
+        """Whether the last step is done, or no time is left in which another run could do it."""
+        is_last = progress.num_steps is not None and progress.step >= progress.num_steps
+        return is_last or self.elapsed_s + self._run_s() > self.limits.total_s - RESERVED_S
 
     def is_over(self, progress: Progress) -> bool:
         """Whether this run must end although steps are left."""

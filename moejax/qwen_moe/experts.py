@@ -67,13 +67,21 @@ def experts(
 def choose_experts(num_tokens: int, platform: str) -> str:
     """The implementation that was fastest for this many tokens; see reports/experts.
 
+    Few tokens read only the experts they chose. Soon nearly every expert is chosen by someone, and
+    a single product that reads them all is faster, until it is the arithmetic that takes long.
+
     Args:
       num_tokens: Tokens of one call, all requests together.
       platform: `jax.default_backend()`: cpu, gpu or another.
     """
     if platform == "gpu":
-        return "unrolled" if num_tokens <= 4 else "ragged"
-    return "gather" if num_tokens <= 8 else "scan"
+        # `dense` was fastest to the end of the sweep; beyond, its intermediates take gigabytes.
+        few, some, many = 8, 2048, "scan"
+    else:
+        few, some, many = 2, 64, "buckets"
+    if num_tokens <= few:
+        return "unrolled"
+    return "dense" if num_tokens <= some else many
 
 
 def _gather(x, selected_experts, routing_weights, gate_up_proj, down_proj):
@@ -96,8 +104,20 @@ def _unrolled(x, selected_experts, routing_weights, gate_up_proj, down_proj):
     return _mix(jnp.stack(rows).reshape(num_tokens, topk, -1), routing_weights, x.dtype)
 
 
+def _dense(x, selected_experts, routing_weights, gate_up_proj, down_proj):
+    """Every expert computes every token in one batched product, and counts where it was chosen.
+
+    Every weight is read once, whatever the router chose; the intermediates of every expert are kept
+    for every token at the same time.
+    """
+    share = _dense_weights(selected_experts, routing_weights, gate_up_proj.shape[0])
+    gate_up = _dot("th,efh->etf", x, gate_up_proj)
+    y = _dot("etf,ehf->eth", _activate(gate_up, x.dtype), down_proj)
+    return (y * share[:, :, None]).sum(0).astype(x.dtype)
+
+
 def _scan(x, selected_experts, routing_weights, gate_up_proj, down_proj):
-    """Every expert computes every token, and counts only where it was chosen."""
+    """The sum of `dense` expert by expert, in the memory of one."""
     share = _dense_weights(selected_experts, routing_weights, gate_up_proj.shape[0])
 
     def one_expert(total, expert):
@@ -156,6 +176,7 @@ EXPERTS: Mapping[str, ExpertsFunction] = MappingProxyType(
     {
         "gather": _gather,
         "unrolled": _unrolled,
+        "dense": _dense,
         "buckets": _buckets,
         "scan": _scan,
         "ragged": _ragged,

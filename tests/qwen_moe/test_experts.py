@@ -129,7 +129,7 @@ def test_what_nobody_chose_counts_for_nothing(name):
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_the_choice_is_an_implementation(platform):
-    for num_tokens in (1, 2, 4, 5, 8, 9, 16, 64, 500, 2048):
+    for num_tokens in (1, 2, 3, 8, 9, 64, 65, 2048, 2049):
         assert choose_experts(num_tokens, platform) in EXPERTS
 
 

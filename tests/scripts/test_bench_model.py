@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.qwen_moe import QwenMoeConfig, choose_experts, experts, write_config
+from moejax.qwen_moe import EXPERTS, QwenMoeConfig, choose_experts, write_config
 from moejax.results import Measurement, read_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -96,7 +96,7 @@ def test_every_part_is_measured_and_kept(tmp_path, config_path, capsys):
         assert row["num_kernels"] > 5
     (prompt,) = results["prefill"]
     assert prompt["tokens_per_s"] == pytest.approx(9 / np.median(prompt["prefill"]["samples"]))
-    assert {row["implementation"] for row in results["experts"]} == set(model_timing.CANDIDATES)
+    assert {row["implementation"] for row in results["experts"]} == set(EXPERTS)
     assert all(min(row["layer"]["samples"]) > 0 for row in results["experts"])
     # What the baseline said before it failed is kept beside why it failed.
     (baseline,) = results["baseline"]
@@ -108,10 +108,36 @@ def test_nothing_starts_after_the_time_is_up(tmp_path, config_path, capsys):
     out = tmp_path / "results.json"
     words = f"--model {config_path} --max-seconds 0 --parts decode,prefill,experts --out {out}"
     assert bench_model.main(words.split()) == 0
-    results = read_json(out)
-    rows = results["decode"] + results["prefill"] + results.get("experts", [])
-    assert {row["error"] for row in rows} == {"not started within 0 s"}
-    assert "not started" in capsys.readouterr().out
+    assert not {"decode", "prefill", "experts"} & set(read_json(out))
+    assert "not started" in capsys.readouterr().err
+
+
+def test_what_would_end_too_late_is_not_started(capsys):
+    """The first case takes 60 of 100 s, so neither part has time for another of its kind."""
+    run = bench_model.Run({}, None, max_seconds=100)
+
+    def measure():
+        run.started -= 60
+        return {"ok": True}
+
+    assert run.attempt("decode", {"batch_size": 1}, measure) == {"ok": True}
+    assert run.attempt("decode", {"batch_size": 2}, measure) == {}
+    assert run.attempt("prefill", {"num_tokens": 9}, measure) == {}
+    assert run.results["decode"] == [{"batch_size": 1, "ok": True}]
+    assert "prefill" not in run.results
+    assert capsys.readouterr().err.count("not started") == 2
+
+
+def test_what_can_end_in_time_is_started():
+    run = bench_model.Run({}, None, max_seconds=100)
+
+    def measure():
+        run.started -= 40
+        return {"ok": True}
+
+    for batch_size in (1, 2, 3):
+        run.attempt("decode", {"batch_size": batch_size}, measure)
+    assert [row["batch_size"] for row in run.results["decode"]] == [1, 2]
 
 
 def test_a_case_that_fails_costs_only_itself(tmp_path):
@@ -164,19 +190,6 @@ def test_bound_of_a_prompt(model):
     pairs = 5 * 6 / 2
     assert row["num_flops"] == 2 * (5 * active + HEAD_SIZE) + 2 * 2 * (2 * 2 * 8) * pairs
     assert row["num_bytes"] == model.dense_bytes() + model.expert_bytes()
-
-
-def test_dense_is_the_same_sum():
-    rng = np.random.default_rng(0)
-    x, gate_up_proj, down_proj = (
-        jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for shape in ((5, 8), (4, 12, 8), (4, 8, 6))
-    )
-    selected = jnp.asarray(np.argsort(rng.random((5, 4)))[:, :2], jnp.int32)
-    weights = jnp.asarray(rng.random((5, 2)), jnp.float32)
-    arguments = (x, selected, weights, gate_up_proj, down_proj)
-    expected = experts(*arguments, implementation="gather")
-    np.testing.assert_allclose(model_timing.dense(*arguments), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_fastest_is_that_of_the_medians():

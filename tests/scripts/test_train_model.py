@@ -233,8 +233,8 @@ def test_a_time_becomes_a_number_of_steps_when_pace_is_known(monkeypatch):
         progress = replace(progress, step=progress.step + 1)
         progress = pace.plan(progress, lambda: None)
     assert not pace.is_complete(progress)
-    assert progress.num_steps == 550
-    assert progress.decay_from == 440
+    assert progress.num_steps == 35 + int(0.98 * (620 - 85 - 20))
+    assert progress.decay_from == int(0.8 * progress.num_steps)
     # The second run is slower: at the decay, the number of steps is set right.
     clock[0] = 0.0
     pace = training_run.Pace(limits, replace(progress, elapsed_s=300.0))
@@ -244,5 +244,5 @@ def test_a_time_becomes_a_number_of_steps_when_pace_is_known(monkeypatch):
         progress = replace(progress, step=progress.step + 1)
         progress = pace.plan(progress, lambda: None)
     assert pace.is_complete(progress)
-    assert progress.decay_from < progress.num_steps < 550
-    assert 290 < clock[0] <= 301
+    assert progress.decay_from < progress.num_steps < 500
+    assert 290 < clock[0] <= 300
