@@ -65,7 +65,7 @@ def experts(
 
 
 def choose_experts(num_tokens: int, platform: str) -> str:
-    """The implementation that was fastest for this many tokens; see reports/experts.
+    """The implementation that was fastest for this many tokens; see reports/h100-model.
 
     Few tokens read only the experts they chose. Soon nearly every expert is chosen by someone, and
     a single product that reads them all is faster, until it is the arithmetic that takes long.

@@ -1,6 +1,8 @@
 """Every way of computing the routed experts against the sum that defines them."""
 
 import functools
+import statistics
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from moejax.errors import UsageError
 from moejax.qwen_moe import EXPERTS, choose_experts, experts
+from moejax.results import read_json
 
 HIDDEN, FFN = 8, 6
 # Largest difference, as a share of the largest number: rounding of the type and a little more.
@@ -131,6 +134,22 @@ def test_what_nobody_chose_counts_for_nothing(name):
 def test_the_choice_is_an_implementation(platform):
     for num_tokens in (1, 2, 3, 8, 9, 64, 65, 2048, 2049):
         assert choose_experts(num_tokens, platform) in EXPERTS
+
+
+def test_the_choice_is_the_fastest_of_the_sweep():
+    """Within a tenth, on the GPU whose times are committed."""
+    report = read_json(Path(__file__).parents[2] / "reports" / "h100-model" / "results.json")
+    times: dict[int, dict[str, float]] = {}
+    for run in report["runs"]:
+        if run["result"]["environment"]["backend"] == "gpu":
+            for row in run["result"].get("experts", []):
+                if "layer" in row:
+                    found_s = statistics.median(row["layer"]["samples"])
+                    times.setdefault(row["num_tokens"], {})[row["implementation"]] = found_s
+    assert {1, 2, 4, 8, 16, 64, 256, 2048} <= set(times)
+    for num_tokens, by_name in times.items():
+        chosen_s = by_name[choose_experts(num_tokens, "gpu")]
+        assert chosen_s <= 1.1 * min(by_name.values()), num_tokens
 
 
 def test_auto_is_the_choice():
