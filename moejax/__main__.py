@@ -1,8 +1,6 @@
 """Runs the command line as `python -m moejax`."""
 
-import sys
-
-from moejax.cli import main
+from moejax.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

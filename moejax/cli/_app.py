@@ -1,10 +1,11 @@
 """The `moejax` program: its commands, and how it ends when something goes wrong."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
@@ -28,6 +29,8 @@ from .validate import validate
 COMMANDS = (bench, tune_cache, report, simulate, estimate, generate, fit, validate, env)
 GROUPS = (trace.app,)
 
+_INTERRUPTED = 130
+
 _SETTINGS = (
     "A setting is taken from its option, else from MOEJAX_COMMAND_OPTION or MOEJAX_OPTION in the "
     "environment, else from the command's table or the top of the configuration file, else the "
@@ -48,6 +51,26 @@ for _group in GROUPS:
     app.add_typer(_group, epilog=EXIT_CODES)
 
 
+_interrupts: list[int] = []
+
+
+def run() -> NoReturn:
+    """Runs the program as a process of its own, and ends that process.
+
+    The first interrupt unwinds, so that what was done is kept; a second one ends at once. Then
+    nothing is torn down: JAX may be compiling in other threads, and would crash.
+    """
+    signal.signal(signal.SIGINT, _on_interrupt)
+    if sys.stdout is None:  # Closed by the shell: `moejax ... >&-`.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    code = main()
+    if not _interrupts:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_INTERRUPTED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code; nothing is raised to the caller.
 
@@ -61,14 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has seen enough; the flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # Whoever read it has seen enough.
         return 1
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     except Exception as error:
+        if _interrupts:  # An import that was interrupted says that it failed.
+            print("interrupted", file=sys.stderr)
+            return _INTERRUPTED
         if os.environ.get("MOEJAX_DEBUG"):
             traceback.print_exc()
         failure = _as_failure(error)
@@ -102,15 +127,33 @@ def _root(
     context.default_map = load_settings(context.command, config or None, os.environ)
 
 
+def _on_interrupt(number: int, _: Any) -> None:
+    if _interrupts:
+        os._exit(_INTERRUPTED)
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def _discard_output() -> None:
+    """Makes the flush at exit succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _as_failure(error: Exception) -> MoejaxError:
     if isinstance(error, MoejaxError):
         return error
     if _is_usage_error(error):
         return _from_usage_error(error)
+    if isinstance(error, OSError) and error.filename is None:
+        _discard_output()
+        return MoejaxError(
+            f"the output cannot be written: {error.strerror or error}",
+            "Is the disk full? Send it elsewhere.",
+        )
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return BackendError(
             f"out of memory: {_first_line(error) or 'the host refused an allocation'}",
-            "Take fewer batch sizes, runs or slots at a time, or add --quick.",
+            "Take less at a time: shorter prompts, smaller batches, fewer runs or slots, --quick.",
         )
     if _is_backend_error(error):
         return BackendError(

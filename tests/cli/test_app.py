@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,57 @@ def test_shell_completion_is_offered(shell):
     )
     assert done.returncode == 0, done.stderr
     assert "moejax" in done.stdout
+
+
+def run_program(body: str, **options) -> subprocess.CompletedProcess:
+    """The program, as a process of its own, with a command `fail` that does `body`."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from moejax.cli import _app\n"
+        f"def fail():\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+        "_app.app.command()(fail)\n"
+        "sys.argv = ['moejax', 'fail']\n"
+        "_app.run()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_an_interrupt_that_an_import_reports_as_a_failure_is_an_interrupt():
+    done = run_program("""
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9)
+        except KeyboardInterrupt:
+            raise ImportError("half of a module")
+    """)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_second_interrupt_ends_at_once():
+    done = run_program("""
+        print("kept", flush=True)
+        for _ in range(2):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(9)
+            except KeyboardInterrupt:
+                pass
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "kept\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_said():
+    with open("/dev/full", "w") as full:
+        program = "import sys; from moejax.cli import run; sys.argv = ['moejax', '-V']; run()"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the output cannot be written: No space left")
