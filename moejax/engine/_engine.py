@@ -32,7 +32,7 @@ class Engine:
 
     Args:
       model: The model; its arrays are used as they are, not copied.
-      experts: How the routed experts are computed, see `moejax.qwen_moe.experts`.
+      experts: How the routed experts are computed, see `moejax.qwen_moe.EXPERTS`.
 
     Attributes:
       config: Sizes and settings of the model.

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt, UInt8
 
+from moejax.errors import BackendError
 from moejax.qwen_moe import KVCache
 
 from ._programs import Place, Routed
@@ -148,6 +149,7 @@ class Generation:
             step = self._take(np.asarray(token_ids), routed)
             now_s = time.perf_counter()
             if math.isnan(self.timing.ttft_s):
+                self._check_logits()
                 self.timing.ttft_s = now_s - last_s
             else:
                 self.timing.step_s.append(now_s - last_s)
@@ -155,6 +157,15 @@ class Generation:
             yield step
             if all(self.finish_reasons):
                 return
+
+    def _check_logits(self) -> None:
+        """Overflowing weights would else choose token 0 for ever."""
+        logits = self.prompt_logits
+        if logits is not None and not np.isfinite(logits).all():
+            raise BackendError(
+                "the logits behind the prompt are not finite",
+                "The weights overflow their type: load them with --dtype float32 or bfloat16.",
+            )
 
     def _take(self, token_ids: np.ndarray, routed: Routed | None) -> Step:
         is_live = np.array([reason is None for reason in self.finish_reasons])

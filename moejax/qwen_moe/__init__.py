@@ -6,9 +6,9 @@ from ._checkpoint import open_checkpoint as open_checkpoint
 from ._config import QwenMoeConfig as QwenMoeConfig
 from ._config import read_config as read_config
 from ._config import write_config as write_config
-from .experts import EXPERTS as EXPERTS
-from .experts import choose_experts as choose_experts
-from .experts import experts as experts
+from ._experts import EXPERTS as EXPERTS
+from ._experts import choose_experts as choose_experts
+from ._experts import experts as experts
 from .modeling import KVCache as KVCache
 from .modeling import Lookahead as Lookahead
 from .modeling import QwenMoe as QwenMoe

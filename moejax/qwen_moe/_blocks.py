@@ -27,7 +27,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """The product of `x` and the matrix, plus the bias if there is one."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        y = product(x, self.weight[...], x.dtype)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
@@ -69,6 +69,27 @@ class Embedding(nnx.Module):
     def __call__(self, token_ids: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
         """The rows of the tokens."""
         return self.weight[...][token_ids]
+
+
+def product(
+    x: Float[Array, "*batch in"], weight: Float[Array, "out in"], dtype: DTypeLike
+) -> Float[Array, "*batch out"]:
+    """`x` times a matrix in the checkpoint's orientation, the answer of type `dtype`."""
+    if not is_slow_for_one_row(weight.dtype):
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 1:
+        rows = jnp.concatenate([rows, jnp.zeros_like(rows)])
+    y = jnp.einsum("ri,oi->ro", rows, weight, preferred_element_type=jnp.float32)
+    return y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], -1).astype(dtype)
+
+
+def is_slow_for_one_row(dtype: DTypeLike) -> bool:
+    """Whether a matrix of this type is widened as a whole to multiply one row: bfloat16 on a CPU.
+
+    There, one row of 2,048 by 75,968 takes 520 ms and two rows take 60 (jax 0.10.2).
+    """
+    return dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
 
 
 def rotate(

@@ -203,7 +203,7 @@ def _refuse_foreign(fields: Fields) -> None:
     unknown = sorted(
         name
         for name, value in fields.values.items()
-        if name not in _READ | _WITHOUT_EFFECT and value not in (None, False)
+        if name not in _READ | _WITHOUT_EFFECT and value is not None and value is not False
     )
     if unknown:
         raise BadFileError(
@@ -219,30 +219,32 @@ def _refuse_foreign(fields: Fields) -> None:
     kinds = fields.values.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise BadFileError(f"{fields.where}: layer_types other than full_attention", _HINT)
+    if kinds and len(kinds) != fields.count("num_hidden_layers"):
+        raise BadFileError(
+            f"{fields.where}: {len(kinds)} layer_types for "
+            f"{fields.count('num_hidden_layers')} layers",
+            _HINT,
+        )
 
 
 def _rope_theta(fields: Fields) -> float:
-    """The rotary base from either spelling; scaled variants are refused."""
+    """The rotary base, on which all spellings must agree; scaled variants are refused."""
+    bases = {"rope_theta": fields.number("rope_theta")} if fields.has("rope_theta") else {}
     for name in ("rope_parameters", "rope_scaling"):
         table = fields.values.get(name)
         if table is None:
             continue
         if not isinstance(table, dict):
             raise BadFileError(f"{fields.where}: {name} = {table!r} is not a table", _HINT)
-        kind = table.get("rope_type", table.get("type", "default"))
-        odd = set(table) - {"rope_type", "type", "rope_theta"}
-        if kind != "default" or odd:
+        kinds = [table.get(key, "default") for key in ("rope_type", "type")]
+        if kinds != ["default", "default"] or set(table) - {"rope_type", "type", "rope_theta"}:
             raise BadFileError(f"{fields.where}: {name} = {table!r} is not plain RoPE", _HINT)
         if "rope_theta" in table:
-            theta = Fields(table, f"{fields.where}: {name}").number("rope_theta")
-            if fields.has("rope_theta") and fields.number("rope_theta") != theta:
-                raise BadFileError(
-                    f"{fields.where}: rope_theta = {fields.number('rope_theta')} contradicts "
-                    f"{name}, which says {theta}",
-                    _HINT,
-                )
-            return theta
-    return fields.number("rope_theta")
+            bases[name] = Fields(table, f"{fields.where}: {name}").number("rope_theta")
+    if len(set(bases.values())) > 1:
+        said = ", ".join(f"{name} says {base:g}" for name, base in bases.items())
+        raise BadFileError(f"{fields.where}: the rotary base is contradictory: {said}", _HINT)
+    return next(iter(bases.values()), None) or fields.number("rope_theta")
 
 
 def _number(fields: Fields, name: str, default: float) -> float:

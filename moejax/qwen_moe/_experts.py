@@ -20,10 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import UsageError
 
+from ._blocks import is_slow_for_one_row
+
 ExpertsFunction: TypeAlias = Callable[..., Array]
 
-# Rows that `buckets` computes with one expert at a time: a matrix unit's tile on most machines.
-_BUCKET_ROWS = 32
+# Pairs of one expert that `rounds` computes at once, at least.
+_LEAST_ROWS = 16
 
 
 def experts(
@@ -78,7 +80,7 @@ def choose_experts(num_tokens: int, platform: str) -> str:
         # `dense` was fastest to the end of the sweep; beyond, its intermediates take gigabytes.
         few, some, many = 8, 2048, "scan"
     else:
-        few, some, many = 2, 64, "buckets"
+        few, some, many = 2, 16, "rounds"
     if num_tokens <= few:
         return "unrolled"
     return "dense" if num_tokens <= some else many
@@ -99,8 +101,8 @@ def _unrolled(x, selected_experts, routing_weights, gate_up_proj, down_proj):
         for choice in range(topk):
             expert = selected_experts[token, choice]
             take = partial(jax.lax.dynamic_index_in_dim, index=expert, keepdims=False)
-            gate_up = _dot("fh,h->f", take(gate_up_proj), x[token])
-            rows.append(_dot("hf,f->h", take(down_proj), _activate(gate_up, x.dtype)))
+            gate_up = _vector_dot(take(gate_up_proj), x[token])
+            rows.append(_vector_dot(take(down_proj), _activate(gate_up, x.dtype)))
     return _mix(jnp.stack(rows).reshape(num_tokens, topk, -1), routing_weights, x.dtype)
 
 
@@ -113,7 +115,7 @@ def _dense(x, selected_experts, routing_weights, gate_up_proj, down_proj):
     share = _dense_weights(selected_experts, routing_weights, gate_up_proj.shape[0])
     gate_up = _dot("th,efh->etf", x, gate_up_proj)
     y = _dot("etf,ehf->eth", _activate(gate_up, x.dtype), down_proj)
-    return (y * share[:, :, None]).sum(0).astype(x.dtype)
+    return _count(y, share[:, :, None]).sum(0).astype(x.dtype)
 
 
 def _scan(x, selected_experts, routing_weights, gate_up_proj, down_proj):
@@ -123,40 +125,45 @@ def _scan(x, selected_experts, routing_weights, gate_up_proj, down_proj):
     def one_expert(total, expert):
         gate_up_proj, down_proj, share = expert
         y = _dot("tf,hf->th", _activate(_dot("th,fh->tf", x, gate_up_proj), x.dtype), down_proj)
-        return total + y * share[:, None], None
+        return total + _count(y, share[:, None]), None
 
     total = jnp.zeros(x.shape, jnp.float32)
     total, _ = jax.lax.scan(one_expert, total, (gate_up_proj, down_proj, share))
     return total.astype(x.dtype)
 
 
-def _buckets(x, selected_experts, routing_weights, gate_up_proj, down_proj):
-    """Sorts the pairs by expert into buckets of one expert each, and computes bucket by bucket.
+def _rounds(x, selected_experts, routing_weights, gate_up_proj, down_proj):
+    """Every expert computes some of its pairs at once, and again while one has more.
 
-    An expert gets as many buckets as it needs, so nothing overflows; with P pairs and E experts
-    at most P / rows + E buckets are filled, and that many are computed.
+    A round has room for more pairs than the experts' mean, so that even routing takes one round;
+    nothing is dropped, and a round that nobody needs is skipped.
     """
-    num_experts, num_pairs = gate_up_proj.shape[0], selected_experts.size
-    pair_of_row, expert_of_bucket = _fill_buckets(selected_experts, num_experts)
-    # Row `num_pairs` stands for an empty place: it reads zeros and its answer is not taken.
-    token_of_row = jnp.minimum(pair_of_row // selected_experts.shape[1], x.shape[0])
-    padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
+    num_experts, (num_tokens, topk) = gate_up_proj.shape[0], selected_experts.shape
+    flat, num_pairs = selected_experts.reshape(-1), selected_experts.size
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=num_experts)
+    starts = jnp.cumsum(sizes) - sizes
+    weights = routing_weights.reshape(-1)
+    mean = -(-num_pairs // num_experts)
+    num_rows = min(num_tokens, max(_LEAST_ROWS, 1 << (mean - 1).bit_length()))
 
-    def one_bucket(_, bucket):
-        tokens, expert = bucket
-        take = partial(jax.lax.dynamic_index_in_dim, index=expert, keepdims=False)
-        gate_up = _dot("th,fh->tf", padded[tokens], take(gate_up_proj))
-        return None, _dot("tf,hf->th", _activate(gate_up, x.dtype), take(down_proj))
+    def one_round(total, first):
+        place = jnp.broadcast_to(first + jnp.arange(num_rows)[None, :], (num_experts, num_rows))
+        is_pair = place < sizes[:, None]
+        pair = order[jnp.minimum(starts[:, None] + place, num_pairs - 1)]
+        token = pair // topk
+        gate_up = _dot("erh,efh->erf", x[token], gate_up_proj)
+        y = _dot("erf,ehf->erh", _activate(gate_up, x.dtype), down_proj)
+        y = jnp.where(is_pair[:, :, None], y * weights[pair][:, :, None], 0.0)
+        return total.at[token].add(y)
 
-    buckets = (token_of_row.reshape(-1, _BUCKET_ROWS), expert_of_bucket)
-    _, y = jax.lax.scan(one_bucket, None, buckets)
-    row_of_pair = (
-        jnp.zeros(num_pairs, jnp.int32)
-        .at[pair_of_row]
-        .set(jnp.arange(pair_of_row.size, dtype=jnp.int32), mode="drop")
-    )
-    y = y.reshape(-1, x.shape[1])[row_of_pair].reshape(*selected_experts.shape, -1)
-    return _mix(y, routing_weights, x.dtype)
+    def maybe_round(total, first):
+        is_needed = first < sizes.max()
+        return jax.lax.cond(is_needed, one_round, lambda total, _: total, total, first), None
+
+    total = jnp.zeros(x.shape, jnp.float32)
+    total, _ = jax.lax.scan(maybe_round, total, jnp.arange(0, num_tokens, num_rows))
+    return total.astype(x.dtype)
 
 
 def _ragged(x, selected_experts, routing_weights, gate_up_proj, down_proj):
@@ -177,7 +184,7 @@ EXPERTS: Mapping[str, ExpertsFunction] = MappingProxyType(
         "gather": _gather,
         "unrolled": _unrolled,
         "dense": _dense,
-        "buckets": _buckets,
+        "rounds": _rounds,
         "scan": _scan,
         "ragged": _ragged,
     }
@@ -195,31 +202,26 @@ def _mix(y: Array, routing_weights: Array, dtype: jnp.dtype) -> Array:
     return (y * routing_weights[..., None]).sum(1).astype(dtype)
 
 
+def _count(y: Array, share: Array) -> Array:
+    """Answers as they count: one that was not asked for is zero, even if it overflowed."""
+    return jnp.where(share != 0, y * share, 0.0)
+
+
 def _dense_weights(selected_experts: Array, routing_weights: Array, num_experts: int) -> Array:
     """Routing weights as [experts, tokens], zero where an expert was not chosen."""
     chosen = jax.nn.one_hot(selected_experts, num_experts, axis=0, dtype=routing_weights.dtype)
     return (chosen * routing_weights[None]).sum(-1)
 
 
-def _fill_buckets(selected_experts: Array, num_experts: int) -> tuple[Array, Array]:
-    """Gives every row of every bucket its pair, and every bucket its expert.
+def _vector_dot(matrix: Array, vector: Array) -> Array:
+    """A matrix times a vector.
 
-    Returns:
-      Pair of each row, the number of pairs where a row is empty; expert of each bucket.
+    XLA on a CPU widens a whole bfloat16 matrix before it multiplies it by one row, eight times
+    slower than by two; so it gets a second row.
     """
-    flat = selected_experts.reshape(-1)
-    num_pairs = flat.size
-    num_buckets = num_pairs // _BUCKET_ROWS + min(num_experts, num_pairs)
-    sizes = jnp.bincount(flat, length=num_experts)
-    num_filled = (sizes + _BUCKET_ROWS - 1) // _BUCKET_ROWS
-    first_bucket = jnp.cumsum(num_filled) - num_filled
-    order = jnp.argsort(flat, stable=True)
-    rank = jnp.arange(num_pairs) - (jnp.cumsum(sizes) - sizes)[flat[order]]
-    row = first_bucket[flat[order]] * _BUCKET_ROWS + rank
-    pair_of_row = jnp.full(num_buckets * _BUCKET_ROWS, num_pairs).at[row].set(order)
-    bucket = jnp.arange(num_buckets)
-    expert_of_bucket = jnp.searchsorted(jnp.cumsum(num_filled), bucket, side="right")
-    return pair_of_row, jnp.minimum(expert_of_bucket, num_experts - 1)
+    if is_slow_for_one_row(matrix.dtype):
+        return _dot("fh,rh->rf", matrix, jnp.stack([vector, jnp.zeros_like(vector)]))[0]
+    return _dot("fh,h->f", matrix, vector)
 
 
 def _dot(subscripts: str, a: Array, b: Array) -> Array:

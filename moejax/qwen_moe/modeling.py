@@ -11,7 +11,7 @@ Reference:
   `Qwen2MoeForCausalLM` of Hugging Face transformers.
 """
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from ._blocks import MLP, Embedding, Linear, RMSNorm, normal, rotate
+from ._blocks import MLP, Embedding, Linear, RMSNorm, normal, product, rotate
 from ._config import QwenMoeConfig
-from .experts import ExpertsFunction, experts
+from ._experts import ExpertsFunction, experts
+
+# Above so many queries the scores of 16 heads take gigabytes at once.
+_MOST_QUERIES, _QUERY_BLOCK = 2048, 512
 
 AttentionName: TypeAlias = Literal["xla", "cudnn"]
 """How attention is computed; see `jax.nn.dot_product_attention`."""
@@ -158,16 +161,14 @@ class Attention(nnx.Module):
         k = rotate(self.k_proj(x).reshape(heads), positions, self.config.rope_theta)
         v = self.v_proj(x).reshape(heads)
         if cached is None:
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+            y = _attend_to_itself(q, k, v, implementation)
         else:
             # A place beyond the cache is dropped, never wrapped onto another token.
             at = (jnp.arange(batch)[:, None], positions)
             k, v = (
                 old.at[at].set(new, mode="drop") for old, new in zip(cached, (k, v), strict=True)
             )
-            y = jax.nn.dot_product_attention(
-                q, k, v, mask=_sees(positions, k.shape[1]), implementation=implementation
-            )
+            y = _attend(q, k, v, implementation, mask=_sees(positions, k.shape[1]))
         return self.o_proj(y.reshape(batch, tokens, -1)), (k, v)
 
 
@@ -287,8 +288,7 @@ class QwenMoe(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Scores of the next token, in float32."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        weight = head.weight[...]
-        return jnp.einsum("...h,vh->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return product(hidden, head.weight[...], jnp.float32)
 
     def __call__(
         self,
@@ -329,6 +329,30 @@ class QwenMoe(nnx.Module):
 def abstract(config: QwenMoeConfig, dtype: DTypeLike) -> QwenMoe:
     """A model whose parameters have shapes and types but no values, for a loader to fill."""
     return nnx.eval_shape(lambda: QwenMoe(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def _attend_to_itself(q: Array, k: Array, v: Array, implementation: AttentionName) -> Array:
+    """Causal attention; of a long sequence some queries at a time, so that few scores exist."""
+    num_tokens = q.shape[1]
+    is_short = num_tokens <= _MOST_QUERIES or num_tokens % _QUERY_BLOCK
+    if is_short or implementation != "xla":
+        return _attend(q, k, v, implementation, is_causal=True)
+
+    def attend_block(block):
+        queries, places = block
+        return _attend(queries, k, v, implementation, mask=_sees(places[None, :], num_tokens))
+
+    blocks = q.reshape(q.shape[0], -1, _QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
+    y = jax.lax.map(attend_block, (blocks, jnp.arange(num_tokens).reshape(-1, _QUERY_BLOCK)))
+    return y.swapaxes(0, 1).reshape(q.shape)
+
+
+def _attend(q: Array, k: Array, v: Array, implementation: AttentionName, **visible: Any) -> Array:
+    """Attention, in float32 where float16 is no type for it: XLA has no such product on a CPU."""
+    is_widened = implementation == "xla" and q.dtype == jnp.float16
+    wide = [x.astype(jnp.float32) if is_widened else x for x in (q, k, v)]
+    y = jax.nn.dot_product_attention(*wide, **visible, implementation=implementation)
+    return y.astype(q.dtype)
 
 
 def _sees(positions: Array, num_positions: int) -> Bool[Array, "batch 1 tokens positions"]:

@@ -199,7 +199,16 @@ def test_only_fields_with_a_known_default_may_be_missing(name):
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
         ({"rope_scaling": {"type": "default", "factor": 4.0}}, "rope_scaling"),
         ({"rope_scaling": "linear"}, "'linear'"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "contradicts"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "contradictory"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "rope_scaling",
+        ),
+        ({"rope_parameters": {"rope_type": ["default"]}}, "plain RoPE"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "0.5"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),

@@ -1,6 +1,7 @@
 """What holds for every model of the family, on small random ones."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from moejax.qwen_moe import (
     abstract,
     empty_cache,
 )
+
+from ..engine._tiny import random_model
 
 CONFIG = QwenMoeConfig(
     vocab_size=40,
@@ -39,13 +42,23 @@ POSITIONS = jnp.broadcast_to(jnp.arange(7), (2, 7))
 
 @pytest.fixture(scope="module")
 def model() -> QwenMoe:
-    return QwenMoe(CONFIG, rngs=nnx.Rngs(0))
+    return random_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def full(model):
+def read(model) -> Callable:
+    return compiled(model)
+
+
+@pytest.fixture(scope="module")
+def full(read):
     """Logits, cache and routing of both requests, read at once."""
-    return model(TOKEN_IDS, POSITIONS)
+    return read(TOKEN_IDS, POSITIONS)
+
+
+def compiled(model: QwenMoe) -> Callable:
+    """The model's call as one program a shape, which takes less time than operation by operation."""
+    return jax.jit(lambda *inputs: model(*inputs))
 
 
 def assert_close(found, expected):
@@ -78,45 +91,45 @@ def test_routing_is_of_the_logits(full):
 
 def test_normed_routing_weights_sum_to_one():
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, norm_topk_prob=True)
-    _, _, (routing,) = QwenMoe(config, rngs=nnx.Rngs(1))(TOKEN_IDS, POSITIONS)
+    _, _, (routing,) = compiled(random_model(config))(TOKEN_IDS, POSITIONS)
     assert_close(routing.routing_weights.sum(-1), np.ones(14))
 
 
-def test_no_token_sees_a_later_one(model, full):
+def test_no_token_sees_a_later_one(read, full):
     changed = TOKEN_IDS.at[:, -1].set((TOKEN_IDS[:, -1] + 1) % CONFIG.vocab_size)
-    logits, _, _ = model(changed, POSITIONS)
+    logits, _, _ = read(changed, POSITIONS)
     assert_close(logits[:, :-1], full[0][:, :-1])
     assert float(jnp.abs(logits[:, -1] - full[0][:, -1]).max()) > 1e-2
 
 
-def test_decoding_with_a_cache_is_reading_at_once(model, full):
-    logits, cache, _ = model(
+def test_decoding_with_a_cache_is_reading_at_once(read, full):
+    logits, cache, _ = read(
         TOKEN_IDS[:, :4], POSITIONS[:, :4], empty_cache(CONFIG, 2, 10, jnp.float32)
     )
     assert_close(logits, full[0][:, :4])
     for step in range(4, 7):
         at = slice(step, step + 1)
-        logits, cache, _ = model(TOKEN_IDS[:, at], POSITIONS[:, at], cache)
+        logits, cache, _ = read(TOKEN_IDS[:, at], POSITIONS[:, at], cache)
         assert_close(logits, full[0][:, at])
     for found, expected in zip(cache.keys, full[1].keys, strict=True):
         assert_close(found[:, :7], expected)
 
 
-def test_padding_on_the_right_changes_nothing(model, full):
+def test_padding_on_the_right_changes_nothing(read, full):
     """The second prompt ends after 5 tokens; what fills it up is overwritten by decoding."""
     padded = TOKEN_IDS.at[1, 5:].set(0)
-    logits, cache, _ = model(padded, POSITIONS, empty_cache(CONFIG, 2, 10, jnp.float32))
+    logits, cache, _ = read(padded, POSITIONS, empty_cache(CONFIG, 2, 10, jnp.float32))
     assert_close(logits[0], full[0][0])
     assert_close(logits[1, :5], full[0][1, :5])
     # The first request goes on at 7, the second at 5.
     newest = jnp.stack([jnp.int32(1), TOKEN_IDS[1, 5]])[:, None]
-    logits, _, _ = model(newest, jnp.array([[7], [5]]), cache)
+    logits, _, _ = read(newest, jnp.array([[7], [5]]), cache)
     assert_close(logits[1, 0], full[0][1, 5])
 
 
-def test_a_place_beyond_the_cache_is_dropped(model):
+def test_a_place_beyond_the_cache_is_dropped(read):
     cache = empty_cache(CONFIG, 2, 10, jnp.float32)
-    _, after, _ = model(TOKEN_IDS[:, :1], jnp.array([[9], [10]]), cache)
+    _, after, _ = read(TOKEN_IDS[:, :1], jnp.array([[9], [10]]), cache)
     for array in jax.tree.leaves(after):
         assert float(jnp.abs(array[0, 9]).min()) > 0
         assert not array[0, :9].any()
@@ -125,12 +138,10 @@ def test_a_place_beyond_the_cache_is_dropped(model):
 
 def test_lookahead_is_what_the_next_gates_say(model, full):
     lookahead = Lookahead(depth=2, width=3)
-    _, _, routings = model(TOKEN_IDS, POSITIONS, lookahead=lookahead)
-    x, streams = model.embed_tokens(TOKEN_IDS), []
-    for layer in model.layers:
-        x, _ = layer.attend(x, POSITIONS)
-        streams.append(x)
-        x, _ = layer.feed_forward(x)
+    _, _, routings = jax.jit(lambda *inputs: model(*inputs, lookahead=lookahead))(
+        TOKEN_IDS, POSITIONS
+    )
+    streams = jax.jit(lambda *inputs: read_streams(model, *inputs))(TOKEN_IDS, POSITIONS)
     for routing, plain, number in zip(routings, full[2], CONFIG.moe_layers, strict=True):
         np.testing.assert_array_equal(routing.selected_experts, plain.selected_experts)
         assert routing.lookahead.shape == (14, 2, 3)
@@ -146,7 +157,17 @@ def test_lookahead_is_what_the_next_gates_say(model, full):
             np.testing.assert_array_equal(routing.lookahead[:, depth], expected)
 
 
-def test_the_routed_experts_split_off(model):
+def read_streams(model: QwenMoe, token_ids: jax.Array, positions: jax.Array) -> list[jax.Array]:
+    """What enters the experts of each layer, before the norm."""
+    x, streams = model.embed_tokens(token_ids), []
+    for layer in model.layers:
+        x, _ = layer.attend(x, positions)
+        streams.append(x)
+        x, _ = layer.feed_forward(x)
+    return streams
+
+
+def test_the_routed_experts_split_off(model, full):
     graph, routed, rest = nnx.split(model, RoutedExperts, ...)
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(routed)}
     assert paths == {
@@ -155,22 +176,27 @@ def test_the_routed_experts_split_off(model):
         for part in ("gate_up_proj", "down_proj")
     }
     assert not any("experts." in ".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
-    logits, _, _ = nnx.merge(graph, routed, rest)(TOKEN_IDS[:, :1], POSITIONS[:, :1])
-    assert_close(logits, model(TOKEN_IDS[:, :1], POSITIONS[:, :1])[0])
+    logits, _, _ = compiled(nnx.merge(graph, routed, rest))(TOKEN_IDS, POSITIONS)
+    assert_close(logits, full[0])
 
 
-def test_an_abstract_model_holds_shapes_only(model):
-    shapes = jax.tree.leaves(nnx.state(abstract(CONFIG, jnp.bfloat16)))
+def test_an_abstract_model_holds_shapes_only():
+    # A layer with experts and one without.
+    config = dataclasses.replace(CONFIG, num_hidden_layers=2)
+    shapes = jax.tree.leaves(nnx.state(abstract(config, jnp.bfloat16)))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in shapes)
     assert {leaf.dtype for leaf in shapes} == {jnp.dtype(jnp.bfloat16)}
-    assert [leaf.shape for leaf in shapes] == [
-        leaf.shape for leaf in jax.tree.leaves(nnx.state(model))
+    weights = jax.tree.leaves(
+        jax.jit(lambda: nnx.state(QwenMoe(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
+    )
+    assert [(leaf.shape, leaf.dtype) for leaf in shapes] == [
+        (weight.shape, weight.dtype) for weight in weights
     ]
 
 
 def test_a_tied_head_is_the_embedding():
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, tie_word_embeddings=True)
-    model = QwenMoe(config, rngs=nnx.Rngs(2))
+    model = random_model(config)
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     assert "embed_tokens.weight" in paths
     assert not any(path.startswith("lm_head") for path in paths)
@@ -187,10 +213,17 @@ def test_biases_can_be_left_out():
 
 def test_activations_have_the_type_of_the_weights():
     config = dataclasses.replace(CONFIG, num_hidden_layers=1)
-    model = QwenMoe(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    hidden, cache, (routing,) = model.hidden_states(TOKEN_IDS, POSITIONS)
+    model = with_dtype(random_model(config), jnp.bfloat16)
+    hidden, cache, (routing,) = jax.jit(lambda *inputs: model.hidden_states(*inputs))(
+        TOKEN_IDS, POSITIONS
+    )
     assert hidden.dtype == cache.keys[0].dtype == jnp.bfloat16
     assert routing.routing_weights.dtype == model.logits(hidden).dtype == jnp.float32
+
+
+def with_dtype(model: QwenMoe, dtype: jnp.dtype) -> QwenMoe:
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(lambda weight: weight.astype(dtype), state))
 
 
 def test_an_experts_function_is_called_once_a_layer(model, full):
@@ -200,6 +233,18 @@ def test_an_experts_function_is_called_once_a_layer(model, full):
         called.append(x.shape)
         return EXPERTS["scan"](x, *arguments)
 
-    logits, _, _ = model(TOKEN_IDS, POSITIONS, experts=scan)
+    read = jax.jit(lambda *inputs: model(*inputs, experts=scan))
+    logits, _, _ = read(TOKEN_IDS, POSITIONS)
     assert called == [(14, CONFIG.hidden_size)] * 3
     assert_close(logits, full[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_weights_give_nearly_the_same_logits(model, full, dtype):
+    cache = empty_cache(CONFIG, 2, 8, dtype)
+    logits, cache, _ = compiled(with_dtype(model, dtype))(TOKEN_IDS, POSITIONS, cache)
+    assert cache.keys[0].dtype == dtype
+    wide = full[0]
+    # One router may choose otherwise; most tokens agree.
+    errors = jnp.abs(logits - wide).max(-1) / jnp.abs(wide).max()
+    assert jnp.median(errors) < (2e-3 if dtype == jnp.float16 else 2e-2)
