@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moejax import cli
-from moejax.trace import load_trace
+from moejax.trace import TRACES, load_trace, trace_note
 
 NUM_TOKENS, NUM_LAYERS, TOPK, NUM_EXPERTS = 40, 3, 2, 8
 
@@ -71,6 +71,52 @@ def test_info_adds_the_statistics(trace, recording, tmp_path):
     assert code == 0
     assert "next layer recall" in out
     assert "per layer" not in out
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_info_says_what_a_shipped_trace_is(trace, name):
+    code, out, err = trace("info", name, "-o", "json")
+    assert (code, err) == (0, f"note: {trace_note(name)}\n")
+    record = json.loads(out)
+    assert (record["file"], record["model"], record["note"]) == (name, name, trace_note(name))
+
+
+def test_a_note_does_not_widen_the_table(trace):
+    code, out, err = trace("info", "tiny-moe")
+    assert (code, err) == (0, f"note: {trace_note('tiny-moe')}\n")
+    assert "note" not in out
+    assert max(map(len, out.splitlines())) < 150
+
+
+def test_info_takes_a_name_behind_a_dot_for_a_file(trace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = trace("info", "./tiny-moe")
+    assert code == 4
+    assert err.startswith("error: tiny-moe")
+    code, _, err = trace("info", "tiny-mo")
+    assert code == 4
+    assert "Those are small-moe and tiny-moe" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "field", "expected"),
+    [
+        # With room for one token's experts, hits are what the next token uses again.
+        ("simulate --strategy lru --slots 2", "hit_ratio", pytest.approx(0.304, abs=5e-4)),
+        ("tune-cache --budget 1GB", "trace", "tiny-moe"),
+        (
+            "bench --no-measure --quick --strategies on_demand --batch-sizes 1 --runs 1",
+            "fetched_bytes",
+            8 * 2 * 49_152,
+        ),
+    ],
+)
+def test_commands_know_shipped_traces_by_name(capsys, tmp_path, command, field, expected):
+    out = ["--out", str(tmp_path / "run")] if command.startswith("bench") else []
+    assert cli.main([*command.split(), "--trace", "tiny-moe", *out, "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    record = found[0] if isinstance(found, list) else found
+    assert record[field] == expected
 
 
 def test_a_workload_is_drawn_by_its_seed(trace, tmp_path):

@@ -1,4 +1,4 @@
-"""What is kept and said of a recording of small-moe, on traces whose answers are known."""
+"""What is kept and said of the recording of a small model, on traces whose answers are known."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from moejax.trace import Trace, validate_trace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-import record_small_moe
+import record_model
 
 LAYERS, EXPERTS = 3, 8
 
@@ -41,6 +41,7 @@ def make_trace(num_requests, num_new, favourites):
         routing_weights=np.full(experts.shape, 0.5, np.float16),
         token_ids=np.arange(experts.shape[0], dtype=np.int32),
         lookahead=lookahead,
+        expert_bytes=np.full(LAYERS, 7),
         is_router_order=True,
     )
 
@@ -52,31 +53,32 @@ def trace():
 
 
 def test_only_generated_tokens_are_kept(trace):
-    decoded = record_small_moe.keep_decode(trace)
+    decoded = record_model.keep_decode(trace)
     assert decoded.num_tokens == 8 * 5
     np.testing.assert_array_equal(np.diff(decoded.request_start), 5)
     np.testing.assert_array_equal(decoded.token_ids, trace.token_ids[trace.phase == 1])
     assert decoded.routing_weights is None
+    assert decoded.expert_bytes is None
     validate_trace(decoded)
 
 
 def test_a_limit_in_bytes_drops_requests_evenly(trace):
     counts = {"a": 4, "b": 4}
-    decoded = record_small_moe.keep_decode(trace)
-    whole, kept = record_small_moe.fit(decoded, counts, 2**20)
+    decoded = record_model.keep_decode(trace)
+    whole, kept = record_model.fit(decoded, counts, 2**20)
     assert kept == counts
     assert whole.num_requests == 8
     num_bytes = 5 * (LAYERS * (2 + 2 * 3) + 4 + 1)
-    part, kept = record_small_moe.fit(decoded, counts, 2**14 + 5 * 8 + 4 * num_bytes)
+    part, kept = record_model.fit(decoded, counts, 2**14 + 5 * 8 + 4 * num_bytes)
     assert kept == {"a": 2, "b": 2}
     np.testing.assert_array_equal(part.experts[:10], decoded.experts[:10])
     np.testing.assert_array_equal(part.experts[10:], decoded.experts[20:30])
     with pytest.raises(BadFileError):
-        record_small_moe.fit(decoded, counts, 2**14)
+        record_model.fit(decoded, counts, 2**14)
 
 
 def test_domains_that_share_no_expert_are_as_far_apart_as_can_be(trace):
-    found = record_small_moe.describe_domains(trace, {"a": 4, "b": 4})
+    found = record_model.describe_domains(trace, {"a": 4, "b": 4})
     assert found["within_domain_distance"] == 0
     assert found["between_domains_distance"] == 1
     assert found["pinned_0.25"] == {
@@ -88,11 +90,11 @@ def test_domains_that_share_no_expert_are_as_far_apart_as_can_be(trace):
 
 def test_domains_that_route_alike_are_told_so():
     trace = make_trace(8, 5, [[2, 3]])
-    found = record_small_moe.describe_domains(trace, {"a": 4, "b": 4})
+    found = record_model.describe_domains(trace, {"a": 4, "b": 4})
     assert found["between_domains_distance"] == 0
     assert found["pinned_0.5"]["other_domain_hit_ratio"] == 1
 
 
 def test_lookahead_recall_is_of_the_layer_that_was_meant(trace):
-    found = record_small_moe.lookahead_recall(trace)
+    found = record_model.lookahead_recall(trace)
     assert found == {"1": {"best_2": 1.0, "best_3": 1.0}, "2": {"best_2": 0.0, "best_3": 0.0}}

@@ -1,23 +1,26 @@
-"""Records decode routing of the trained small-moe over the domains of its corpus.
+"""Records decode routing of a trained small model over the domains of its corpus.
 
-    python scripts/record_small_moe.py --model runs/small/model --corpus .corpus --out runs/record
+    python scripts/record_model.py --config small-moe --model runs/small/model --corpus .corpus \
+        --out runs/small-record
+    python scripts/record_model.py --config tiny-moe --model models/tiny-moe --corpus .corpus \
+        --out runs/tiny-record
 
-OUT gets small-moe.safetensors (generated tokens only, domain after domain), statistics.json and
-samples.json. A recording that was interrupted goes on.
+OUT gets the trace, named like the model (generated tokens only, domain after domain),
+statistics.json and samples.json. A recording that was interrupted goes on.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from train_model import heldout_losses
+from train_model import RECIPES, heldout_losses
 from training_data import END_OF_TEXT, open_corpus
 from training_step import choose_attention, from_model, make_evaluation
 
@@ -29,70 +32,111 @@ from moejax.qwen_moe.tokenizer import Tokenizer, open_tokenizer
 from moejax.results import capture_environment, to_plain, write_json
 from moejax.trace import Trace, load_trace, save_trace, select_requests, statistics
 
-NAME = "small-moe"
 SOURCE = (
-    "moejax's own small-moe, trained from scratch on public Debian and npm text; "
-    "texts sampled at temperature 0.8"
+    "moejax's own {name}, trained from scratch on public Debian and npm text; "
+    "texts sampled at temperature {temperature:g}"
 )
 LICENCE = "Apache-2.0"
-LOOKAHEAD = Lookahead(depth=3, width=6)
 SAMPLING = Sampling(temperature=0.8)
-MAX_PROMPT_TOKENS = 100
-MAX_TRACE_BYTES = 8_000_000
 PINNED_RATIOS = (0.25, 0.5)
 
 
+@dataclass(frozen=True)
+class Recording:
+    """How much of one model is recorded.
+
+    Attributes:
+      lookahead: What the next layers' gates are asked: half as much again as a token's experts,
+        or twice.
+      max_prompt_tokens: Where prompts are cut.
+      max_new_tokens: Where texts end.
+      prompts_per_domain: The first so many of them; None for all.
+      batch_size: Requests that are served at once.
+      max_trace_bytes: Requests are dropped, evenly over the domains, until the trace has no more.
+    """
+
+    lookahead: Lookahead
+    max_prompt_tokens: int
+    max_new_tokens: int
+    prompts_per_domain: int | None
+    batch_size: int
+    max_trace_bytes: int
+
+
+RECORDINGS = {
+    "tiny-moe": Recording(Lookahead(depth=3, width=4), 200, 251, 5, 10, 1_500_000),
+    "small-moe": Recording(Lookahead(depth=3, width=6), 100, 161, None, 60, 8_000_000),
+}
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Records the routing of small-moe.")
+    """Records as the command line says; 0 when the trace is written."""
+    parser = argparse.ArgumentParser(description="Records the routing of a small model.")
+    parser.add_argument("--config", required=True, choices=sorted(RECORDINGS))
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of build_corpus.py")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=161)
-    parser.add_argument("--batch-size", type=int, default=60)
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    changes = {name: getattr(options, name) for name in ("max_new_tokens", "batch_size")}
+    recording = replace(
+        RECORDINGS[options.config],
+        **{name: value for name, value in changes.items() if value is not None},
+    )
     try:
-        record_domains(options)
+        found = record_domains(
+            options.config, recording, options.model, options.corpus, options.out, options.seed
+        )
     except MoejaxError as error:
         print(f"error: {error}\n\nhint: {error.hint}", file=sys.stderr)
         return error.exit_code
+    shown = {name: found[name] for name in ("trace", "heldout", "domains", "lookahead_recall")}
+    print(json.dumps(to_plain(shown), indent=1))
     return 0
 
 
-def record_domains(options: argparse.Namespace) -> None:
-    """Does everything the command line asks for."""
-    model = load(options.model, dtype=jnp.bfloat16)
-    tokenizer = open_tokenizer(options.model)
-    prompts = read_prompts(options.corpus / "prompts.jsonl", tokenizer)
+def record_domains(
+    name: str, recording: Recording, checkpoint: Path, corpus_folder: Path, out: Path, seed: int
+) -> dict[str, Any]:
+    """Records a model and describes it; writes everything to `out`.
+
+    Raises:
+      BadFileError: The checkpoint or the corpus is damaged, or one text a domain is too much.
+      UsageError: The recording was begun with other settings.
+    """
+    model = load(checkpoint, dtype=jnp.bfloat16)
+    tokenizer = open_tokenizer(checkpoint)
+    prompts = read_prompts(corpus_folder / "prompts.jsonl", tokenizer, recording)
     whole = record(
         Engine(model),
         [ids for texts in prompts.values() for ids in texts],
-        max_new_tokens=options.max_new_tokens,
-        out=options.out / "with-prompts.safetensors",
-        batch_size=options.batch_size,
+        max_new_tokens=recording.max_new_tokens,
+        out=out / "with-prompts.safetensors",
+        batch_size=recording.batch_size,
         sampling=SAMPLING,
-        seed=options.seed,
+        seed=seed,
         stop_token_ids=(END_OF_TEXT,),
-        lookahead=LOOKAHEAD,
-        model_name=NAME,
-        source=SOURCE,
+        lookahead=recording.lookahead,
+        model_name=name,
+        source=SOURCE.format(name=name, temperature=SAMPLING.temperature),
         licence=LICENCE,
         on_progress=lambda done, total, _: print(f"{done}/{total} requests", file=sys.stderr),
     )
     counts = {domain: len(texts) for domain, texts in prompts.items()}
-    write_json(options.out / "samples.json", read_samples(whole, counts, tokenizer))
-    decoded, counts = fit(keep_decode(whole), counts, MAX_TRACE_BYTES)
-    path = options.out / f"{NAME}.safetensors"
+    write_json(out / "samples.json", read_samples(whole, counts, tokenizer))
+    decoded, counts = fit(keep_decode(whole), counts, recording.max_trace_bytes)
+    path = out / f"{name}.safetensors"
     save_trace(decoded, path)
-    corpus = open_corpus(options.corpus, is_bytes=False)
+    corpus = open_corpus(corpus_folder, is_bytes=RECIPES[name].is_bytes)
     length = model.config.max_position_embeddings
     attention, _ = choose_attention(model.config, length)
     evaluate = make_evaluation(model.config, attention=attention)
     found = {
-        "schema": "moejax.small-moe/1",
-        "environment": capture_environment(options.seed),
+        "schema": "moejax.recording/1",
+        "environment": capture_environment(seed),
         "trace": {
-            "num_bytes": path.stat().st_size,
             "sha256": decoded.sha256,
             "num_tokens": decoded.num_tokens,
             "num_requests": counts,
@@ -103,24 +147,25 @@ def record_domains(options: argparse.Namespace) -> None:
         "domains": describe_domains(load_trace(path), counts),
         "lookahead_recall": lookahead_recall(decoded),
     }
-    write_json(options.out / "statistics.json", found)
-    shown = {name: found[name] for name in ("trace", "heldout", "domains", "lookahead_recall")}
-    print(json.dumps(to_plain(shown), indent=1))
+    write_json(out / "statistics.json", found)
+    return found
 
 
-def read_prompts(path: Path, tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
+def read_prompts(
+    path: Path, tokenizer: Tokenizer, recording: Recording
+) -> dict[str, list[list[int]]]:
     """Token ids of the prompts by domain, cut to the same greatest length."""
     prompts: dict[str, list[list[int]]] = {}
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             fields = json.loads(line)
-            ids = tokenizer.encode(fields["prompt"])[:MAX_PROMPT_TOKENS]
+            ids = tokenizer.encode(fields["prompt"])[: recording.max_prompt_tokens]
             prompts.setdefault(fields["domain"], []).append(ids)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadFileError(
             f"{path}: {error}", "Build the corpus with scripts/build_corpus.py."
         ) from error
-    return prompts
+    return {domain: ids[: recording.prompts_per_domain] for domain, ids in prompts.items()}
 
 
 def read_samples(
@@ -143,7 +188,11 @@ def read_samples(
 
 
 def keep_decode(trace: Trace) -> Trace:
-    """The generated tokens alone, without the router's weights."""
+    """The generated tokens alone, without the router's weights.
+
+    Sizes of experts are left to the model's card, so that another model of the same shape may be
+    put in its place.
+    """
     assert trace.token_ids is not None
     assert trace.phase is not None
     assert trace.lookahead is not None
@@ -154,6 +203,7 @@ def keep_decode(trace: Trace) -> Trace:
         request_start=np.searchsorted(kept, trace.request_start).astype(np.int64),
         phase=trace.phase[kept],
         routing_weights=None,
+        expert_bytes=None,
         token_ids=trace.token_ids[kept],
         lookahead=trace.lookahead[kept],
         sha256="",
