@@ -69,7 +69,7 @@ HardwareOption: TypeAlias = Annotated[
     ),
 ]
 TraceOption: TypeAlias = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--trace",
         metavar="TRACE",

@@ -1,11 +1,12 @@
 """Where a command's routing comes from: a recorded trace, or a draw of a workload."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moejax.errors import UsageError
 
 from ._options import DEFAULT_MODEL
+from ._progress import say
 
 if TYPE_CHECKING:
     from moejax.cards import ModelSpec
@@ -14,8 +15,13 @@ if TYPE_CHECKING:
 _NUM_REQUESTS, _TOKENS_PER_REQUEST = 8, 256
 
 
-def recorded_trace(path: Path | None, workload: str | None) -> "Trace | None":
+def recorded_trace(
+    name_or_path: str | None, workload: str | None, model: str | None
+) -> "Trace | None":
     """The trace of --trace; None where it was not given.
+
+    A trace may carry the sizes of its model's experts. They do not count where --model names
+    another one: then the routing is recorded, and the sizes are that model's.
 
     Raises:
       BadFileError: The trace cannot be read.
@@ -23,11 +29,15 @@ def recorded_trace(path: Path | None, workload: str | None) -> "Trace | None":
     """
     from moejax.trace import load_trace
 
-    if path is None:
+    if name_or_path is None:
         return None
     if workload is not None:
         raise UsageError("--trace and --workload exclude each other", "Give one of them.")
-    return load_trace(path)
+    trace = load_trace(name_or_path)
+    if model and trace.expert_bytes is not None and model != trace.model:
+        say(f"experts have the sizes of {model}, not those recorded of {trace.model or 'a model'}")
+        return replace(trace, expert_bytes=None)
+    return trace
 
 
 def open_routing(workload: str, seed: int) -> "Trace":

@@ -105,7 +105,7 @@ def bench(
 
     names = parse_names(strategies, "--strategies", tuple(STRATEGIES))
     sizes = parse_ints(batch_sizes, "--batch-sizes", minimum=1, maximum=255)
-    recorded = recorded_trace(trace, workload)
+    recorded = recorded_trace(trace, workload, model)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
     workload = check_workload(workload or workload_of(spec))

@@ -126,7 +126,8 @@ def simulate(
         raise UsageError(
             f"--reset-per-request has no meaning in a batch of {batch_size}", "Use --batch-size 1."
         )
-    routing = recorded_trace(trace, workload) or open_routing(workload or default_workload, seed)
+    recorded = recorded_trace(trace, workload, model)
+    routing = recorded or open_routing(workload or default_workload, seed)
     learned = _learn(names, routing, profile)
     needs_model = bool(hardware) or (bool(capacity) and routing.expert_bytes is None)
     spec = _model(model or routing.model, routing, offline) if needs_model else None

@@ -92,7 +92,7 @@ def tune_cache(
     pinned_bytes = parse_size(pinned_budget, "--pinned-budget")
     host_bytes = parse_size(host_budget, "--host-budget")
     target = None if out is None else _json_file(out)
-    recorded = recorded_trace(trace, workload)
+    recorded = recorded_trace(trace, workload, model)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
     routing = recorded or open_routing(workload or workload_of(spec), seed)

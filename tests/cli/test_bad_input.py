@@ -247,7 +247,7 @@ BAD_TRACES = [
     ("no-json", "is not a sound trace"),
     ("deep-json", "is not a sound trace"),
     ("twice", "names something twice"),
-    ("list", "header is no table"),
+    ("list", "it holds no table"),
     ("overlap", "overlap or leave a hole"),
     ("outside", "overlap or leave a hole"),
     ("negative", "no list of whole numbers"),
