@@ -20,7 +20,8 @@ def load_model(name_or_path: str | Path, *, offline: bool = True) -> ModelSpec:
 
     Args:
       name_or_path: A card name, the path of a card or `config.json`, a checkpoint folder, or a
-        hub id `Organisation/Name`. A hub id that a card carries is answered by the card.
+        hub id `Organisation/Name`. A hub id that a card carries is answered by the card; any
+        other one is a path if a folder `Organisation` is there.
       offline: Never download. Otherwise only `config.json` is fetched.
 
     Raises:
@@ -31,12 +32,12 @@ def load_model(name_or_path: str | Path, *, offline: bool = True) -> ModelSpec:
     if text in MODELS:
         return _read_model_card(models_dir() / f"{text}.toml")
     path = Path(text)
-    if text.endswith((".toml", ".json")) or path.exists():
+    if text.endswith((".toml", ".json")) or (text and path.exists()):
         return _read_path(path)
     if _HUB_ID.fullmatch(text):
         return _read_hub(text, offline)
-    if "/" in text:
-        raise BadFileError(f"{text} does not exist", f"Give a path that does. {_HINT}")
+    if "/" in text or text.startswith("."):
+        raise _does_not_exist(text)
     raise unknown_name("model", text, MODELS, _HINT)
 
 
@@ -91,6 +92,9 @@ def _read_hub(hub_id: str, offline: bool) -> ModelSpec:
         path = models_dir() / f"{name}.toml"
         if str(read_card(path).get("hub_id", "")).lower() == hub_id.lower():
             return _read_model_card(path)
+    # A misspelt path beside files that are there looks like a hub id too.
+    if Path(hub_id).parent.is_dir():
+        raise _does_not_exist(hub_id)
     if offline:
         raise UsageError(
             f"{hub_id} has no card and downloads are off",
@@ -114,3 +118,7 @@ def _read_hub(hub_id: str, offline: bool) -> ModelSpec:
     return read_config(
         fields, name=hub_id.split("/")[1], hub_id=hub_id, source=f"config.json of {hub_id}"
     )
+
+
+def _does_not_exist(path: str) -> BadFileError:
+    return BadFileError(f"{path} does not exist", f"Give a path that does. {_HINT}")

@@ -15,6 +15,7 @@ from moejax.errors import BadFileError, MoejaxError, UsageError
 from ._progress import show_progress
 
 if TYPE_CHECKING:
+    from moejax.engine import Sampling
     from moejax.qwen_moe import QwenMoe, QwenMoeConfig
     from moejax.qwen_moe.params import Checkpoint
     from moejax.qwen_moe.tokenizer import Tokenizer
@@ -101,6 +102,8 @@ def find_checkpoint(model: str) -> NamedCheckpoint:
     from moejax.qwen_moe import read_config
     from moejax.qwen_moe.params import open_checkpoint
 
+    if not model.strip():
+        raise UsageError("--model is empty", f"Leave it out to take {DEFAULT_CHECKPOINT}.")
     files = open_checkpoint(model)
     config = read_config(files.config, str(files.path / "config.json"))
     return NamedCheckpoint(_name(model, files.path), files, config)
@@ -122,6 +125,22 @@ def load_model(checkpoint: NamedCheckpoint, weight_type: WeightType) -> "QwenMoe
             dtype=dtype,
             on_progress=lambda done, all_: progress(done // 10**6, all_ // 10**6, "MB"),
         )
+
+
+def read_sampling(temperature: float, top_p: float) -> "Sampling":
+    """How tokens are chosen.
+
+    Raises:
+      UsageError: A value is out of range; the message names its option.
+    """
+    from moejax.engine import Sampling
+
+    for option, values in (("--temperature", (temperature, 1.0)), ("--top-p", (0.0, top_p))):
+        try:
+            Sampling(*values)
+        except UsageError as error:
+            raise UsageError(f"{option}: {error.cause}", error.hint) from None
+    return Sampling(temperature, top_p)
 
 
 @contextmanager
@@ -152,7 +171,11 @@ def open_text(checkpoint: NamedCheckpoint, prompts: Sequence[Prompt]) -> "Tokeni
 def stop_tokens(
     checkpoint: NamedCheckpoint, tokenizer: "Tokenizer | None", ignore_eos: bool
 ) -> tuple[int, ...]:
-    """The tokens that end a text."""
+    """The tokens that end a text.
+
+    Raises:
+      BadFileError: The checkpoint names one that its model does not have.
+    """
     from moejax.qwen_moe.tokenizer import read_eos_ids
 
     if ignore_eos:
@@ -224,14 +247,15 @@ def parse_token_ids(text: str) -> tuple[int, ...]:
 
 
 def read_text(path: Path | None) -> str:
-    """A text file, or with None what comes on stdin; UTF-8.
+    """A text file, or with None what comes on stdin; UTF-8, without a byte order mark.
 
     Raises:
       BadFileError: It cannot be read, or is not UTF-8.
     """
     name = "stdin" if path is None else str(path)
     try:
-        return (sys.stdin.buffer.read() if path is None else path.read_bytes()).decode("utf-8")
+        content = sys.stdin.buffer.read() if path is None else path.read_bytes()
+        return content.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         cause = f"{name} cannot be read: {error.strerror or error}"
         raise BadFileError(cause, "Give the path of a text file.") from error
@@ -241,24 +265,26 @@ def read_text(path: Path | None) -> str:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a file: one a line, or in a `.jsonl` file one object a line.
+    """Prompts of a file: one a line, or in a `.jsonl` file one object a line; `-` reads stdin.
 
     An object has `prompt`, a text, or `prompt_ids`, a list of numbers; its other fields are left
-    alone. Empty lines are skipped.
+    alone. Blank lines are skipped.
 
     Raises:
       BadFileError: The file cannot be read, holds no prompt, or a line is no such object.
     """
     # Only the line ends of files: U+2028 and its like may stand inside a prompt.
-    lines = read_text(path).replace("\r\n", "\n").split("\n")
-    places = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+    is_stdin = str(path) == "-"
+    name = "stdin" if is_stdin else str(path)
+    lines = read_text(None if is_stdin else path).replace("\r\n", "\n").split("\n")
+    places = [(f"{name}:{number}", line) for number, line in enumerate(lines, start=1)]
     prompts = [
         _read_object(line, where) if path.suffix == _JSON_LINES else Prompt(line, where)
         for where, line in places
         if line.strip()
     ]
     if not prompts:
-        raise BadFileError(f"{path} holds no prompt", "Write one a line.")
+        raise BadFileError(f"{name} holds no prompt", "Write one a line.")
     return prompts
 
 
@@ -269,13 +295,20 @@ def _read_object(line: str, where: str) -> Prompt:
         raise BadFileError(f"{where} is not JSON: {error}", "Write one object a line.") from error
     fields = fields if isinstance(fields, dict) else {}
     text, ids = fields.get("prompt"), fields.get("prompt_ids")
-    if isinstance(text, str) and ids is None:
+    if text is not None and ids is not None:
+        problem = "has both `prompt` and `prompt_ids`"
+    elif isinstance(text, str):
         return Prompt(text, where)
-    if isinstance(ids, list) and text is None and all(type(token) is int for token in ids):
+    elif isinstance(ids, list) and all(type(token) is int for token in ids):
         return Prompt(tuple(ids), where)
+    elif text is not None:
+        problem = f"has a `prompt` that is no text: {json.dumps(text):.60}"
+    elif ids is not None:
+        problem = f"has `prompt_ids` that are no list of whole numbers: {json.dumps(ids):.60}"
+    else:
+        problem = "has neither `prompt` nor `prompt_ids`"
     raise BadFileError(
-        f"{where} has neither a text `prompt` nor a list `prompt_ids`",
-        'Write {"prompt": "..."} or {"prompt_ids": [1, 2, 3]}.',
+        f"{where} {problem}", 'Write {"prompt": "..."} or {"prompt_ids": [1, 2, 3]}.'
     )
 
 

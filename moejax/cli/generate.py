@@ -27,6 +27,7 @@ from ._generation import (
     load_model,
     open_text,
     parse_token_ids,
+    read_sampling,
     read_text,
     room_behind,
     stop_tokens,
@@ -103,10 +104,10 @@ def generate(
         raise UsageError("--logits prints numbers, not text", "Add -o json.")
     if chat and prompt_ids:
         raise UsageError("--chat needs a text and --prompt-ids has none", "Use --prompt.")
-    from moejax.engine import Engine, Sampling
+    from moejax.engine import Engine
     from moejax.results import capture_environment
 
-    sampling = Sampling(temperature, top_p)
+    sampling = read_sampling(temperature, top_p)
     checkpoint = find_checkpoint(model)
     tokenizer = open_text(checkpoint, [given])
     ids = encode_prompt(
@@ -138,6 +139,7 @@ def generate(
         "finish_reason": generation.finish_reasons[0],
         "temperature": temperature,
         "top_p": top_p,
+        "seed": seed,
         **_times(generation),
     }
     if logits and generation.prompt_logits is not None:

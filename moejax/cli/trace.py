@@ -23,6 +23,7 @@ from ._generation import (
     load_model,
     open_text,
     read_prompts,
+    read_sampling,
     stop_tokens,
 )
 from ._options import EXIT_CODES, OfflineOption, OutputOption, SeedOption
@@ -100,7 +101,8 @@ def record(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="One prompt a line; in a .jsonl file an object with `prompt` or `prompt_ids`.",
+            help="One prompt a line; in a .jsonl file an object with `prompt` or `prompt_ids`. "
+            "Blank lines are skipped; - reads lines from stdin.",
         ),
     ],
     out: Annotated[
@@ -109,14 +111,34 @@ def record(
     model: CheckpointOption = DEFAULT_CHECKPOINT,
     chat: ChatOption = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="New tokens after each prompt.")
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help="New tokens after each prompt. A token is routed when it is read, which the last "
+            "one never is: N new tokens are N-1 decode tokens of the trace.",
+        ),
     ] = DEFAULT_NEW_TOKENS,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Prompts that are run at once.")
+        int,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Prompts that are run at once. In bfloat16 rounding differs from size to size, "
+            "and a text can too, a sampled one sooner.",
+        ),
     ] = 1,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=2**32 - 1,
+            help="Seed of everything that is drawn; a text follows from it for one --batch-size.",
+        ),
+    ] = 0,
     ignore_eos: IgnoreEosOption = False,
     lookahead_depth: Annotated[
         int,
@@ -137,6 +159,9 @@ def record(
     licence: Annotated[
         str, typer.Option("--licence", metavar="TEXT", help="The trace's licence, carried along.")
     ] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the file of --out if it is there already.")
+    ] = False,
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Let a model go on from prompts and record where its router sends every token.
@@ -148,10 +173,14 @@ def record(
     Example: moejax trace record --prompts prompts.txt --max-new-tokens 64 --out tiny.safetensors
     """
     target = _target(out)
+    if target.is_file() and not force:
+        raise UsageError(
+            f"--out {target} is there already", "Give another one, or --force to replace it."
+        )
     given = read_prompts(prompts)
     from moejax import engine
 
-    sampling = engine.Sampling(temperature, top_p)
+    sampling = read_sampling(temperature, top_p)
     checkpoint = find_checkpoint(model)
     tokenizer = open_text(checkpoint, given)
     token_ids = [
@@ -161,7 +190,9 @@ def record(
     lookahead = engine.default_lookahead(checkpoint.config, lookahead_depth)
     if lookahead is not None and lookahead_width is not None:
         lookahead = lookahead._replace(width=lookahead_width)
+    stop_token_ids = stop_tokens(checkpoint, tokenizer, ignore_eos)
     network = load_model(checkpoint, weight_type)
+    prompts_name = "stdin" if str(prompts) == "-" else prompts.name
     try:
         with exact_float32(network), show_progress("recording") as progress:
             trace = engine.record(
@@ -172,12 +203,13 @@ def record(
                 batch_size=batch_size,
                 sampling=sampling,
                 seed=seed,
-                stop_token_ids=stop_tokens(checkpoint, tokenizer, ignore_eos),
+                stop_token_ids=stop_token_ids,
                 lookahead=lookahead,
                 model_name=checkpoint.name,
-                source=origin or f"{checkpoint.name} on {prompts.name}",
+                source=origin or f"{checkpoint.name} on {prompts_name}",
                 licence=licence,
                 on_progress=progress,
+                on_note=say,
             )
     except KeyboardInterrupt:
         say("what was recorded is kept: the same command goes on from there")
@@ -220,21 +252,33 @@ def make(
 
 @app.command(epilog=EXIT_CODES)
 def info(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="A trace file.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRACE",
+            help="A trace file, or the name of a trace that comes with moejax.",
+        ),
+    ],
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Show a trace's shape, source and statistics: reuse, Gini, next-layer recall.
 
-    Example: moejax trace info gpt-oss.safetensors -o json
+    Of a trace that comes with moejax, also what its card says it is.
+
+    Example: moejax trace info small-moe -o json
     """
     from moejax.results import to_plain
-    from moejax.trace import load_trace, statistics
+    from moejax.trace import load_trace, statistics, trace_note
 
     trace = load_trace(source)
-    record = {"file": str(source), **_summary(trace), **to_plain(statistics(trace))}
+    note = trace_note(source)
+    record = {"file": source, **_summary(trace), **to_plain(statistics(trace))}
     _say_warnings(trace)
-    # Values per layer are for programs; a person reads the averages.
-    columns = [key for key in record if not key.startswith("per_layer_")]
+    if note:
+        say(f"note: {note}")
+        record["note"] = note
+    # Values per layer are for programs; a person reads the averages, and the note above them.
+    columns = [key for key in record if not key.startswith("per_layer_") and key != "note"]
     emit(record, output, columns=columns)
 
 

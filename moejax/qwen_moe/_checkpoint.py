@@ -15,6 +15,7 @@ import numpy as np
 from moejax.cards import MODELS, load_model, models_dir
 from moejax.errors import BadFileError, UsageError
 from moejax.tensors import FORMAT_HEADER_BYTES, FileKind, TensorInfo, parse_table, read_header
+from moejax.trace import TRACES
 
 from ._config import ARCHITECTURE, MODEL_TYPE
 
@@ -32,6 +33,11 @@ _HINT = "Download it again, for example with: hf download ORGANISATION/NAME"
 _CONVERT = (
     "Convert it with transformers: "
     "AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(OUT), and give OUT."
+)
+_SHIPPED = sorted(path.parent.name for path in models_dir().glob(f"*/{CONFIG_FILE}"))
+_NAME_HINT = (
+    f"Give a folder with config.json and .safetensors files, a name ({', '.join(_SHIPPED)}), "
+    "or the ORGANISATION/NAME of a model you downloaded."
 )
 _KIND = FileKind(
     name="checkpoint",
@@ -74,6 +80,8 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
       UsageError: There is no such folder on this machine.
     """
     text, path = str(name_or_path), Path(name_or_path)
+    if not text.strip():
+        raise UsageError("the name of the model is empty", _NAME_HINT)
     try:
         if path.is_dir():
             return path
@@ -82,17 +90,17 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
         is_there = False
     if is_there:
         raise UsageError(f"{text} is not a folder", "Give the folder that holds config.json.")
-    shipped = _shipped()
-    if text in shipped:
+    if text in _SHIPPED:
         return models_dir() / text
     hub_id = load_model(text).hub_id if text in MODELS else text
     if _HUB_ID.fullmatch(hub_id):
         return _find_downloaded(hub_id)
-    raise UsageError(
-        f"{text!r} is neither a checkpoint folder nor the name of one",
-        f"Give a folder with config.json and .safetensors files, a name ({', '.join(shipped)}), "
-        "or the ORGANISATION/NAME of a model you downloaded.",
-    )
+    if text in MODELS:
+        recorded = f"Its recorded routing comes with moejax: --trace {text}. " * (text in TRACES)
+        raise UsageError(
+            f"{text} is a card without weights: none come with moejax", f"{recorded}{_NAME_HINT}"
+        )
+    raise UsageError(f"{text!r} is neither a checkpoint folder nor the name of one", _NAME_HINT)
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -180,10 +188,6 @@ def list_faults(faults: Sequence[str]) -> str:
     rest = len(faults) - _MAX_LISTED_FAULTS
     listed = "; ".join(faults[:_MAX_LISTED_FAULTS])
     return f"{listed}; and {rest} more" if rest > 0 else listed
-
-
-def _shipped() -> list[str]:
-    return sorted(path.parent.name for path in models_dir().glob(f"*/{CONFIG_FILE}"))
 
 
 def _find_downloaded(hub_id: str) -> Path:

@@ -83,6 +83,27 @@ def weight_map(model: QwenMoe, layout: str) -> dict[str, Piece]:
     }
 
 
+def check(path: str | Path | Checkpoint) -> Checkpoint:
+    """Checks that a checkpoint holds the weights that its configuration describes.
+
+    Headers, sizes, names and shapes are checked; no weight is read.
+
+    Args:
+      path: A folder or a name, see `find_checkpoint`, or an opened checkpoint.
+
+    Returns:
+      The checkpoint.
+
+    Raises:
+      UsageError: There is no such folder, or it holds weights in another format only.
+      BadFileError: The checkpoint is corrupt, incomplete, of another architecture, or not of the
+        shapes that its configuration gives.
+    """
+    checkpoint, config, layout = _open(path)
+    _check_tensors(checkpoint, weight_map(abstract(config, config.dtype), layout), config)
+    return checkpoint
+
+
 def load(
     path: str | Path | Checkpoint,
     *,
@@ -110,10 +131,7 @@ def load(
       BadFileError: The checkpoint is corrupt, incomplete, of another architecture, not of the
         shapes that its configuration gives, or holds numbers that are not finite.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    config = read_config(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
-    layout = _find_layout(checkpoint)
-    _check_counts(checkpoint, config, layout)
+    checkpoint, config, layout = _open(path)
     model = abstract(config, _choose_dtype(checkpoint, config, dtype))
     pieces = weight_map(model, layout)
     _check_tensors(checkpoint, pieces, config)
@@ -227,6 +245,15 @@ class _Progress:
         self.done_bytes += self.sizes[key]
         if self.tell is not None:
             self.tell(self.done_bytes, self.total_bytes)
+
+
+def _open(path: str | Path | Checkpoint) -> tuple[Checkpoint, QwenMoeConfig, str]:
+    """A checkpoint, its configuration and its layout, which agree in the number of tensors."""
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    config = read_config(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
+    layout = _find_layout(checkpoint)
+    _check_counts(checkpoint, config, layout)
+    return checkpoint, config, layout
 
 
 def _variables(model: QwenMoe) -> dict[ParameterPath, nnx.Variable]:

@@ -18,8 +18,9 @@ from moejax.errors import BadFileError, UsageError
 _TOKENIZER_FILE = "tokenizer.json"
 _SETTINGS_FILE = "tokenizer_config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG_FILE = "config.json"
 # The first that names end tokens is believed, as in transformers' generate.
-_EOS_FILES = ("generation_config.json", "config.json")
+_EOS_FILES = ("generation_config.json", _CONFIG_FILE)
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _HINT = "Copy the file from the place that the checkpoint came from."
 
@@ -171,6 +172,9 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
         )
     try:
         backend = Backend.from_str(path.read_text(encoding="utf-8"))
+        # Settings of a training run; they would cut or fill up every prompt unseen.
+        backend.no_truncation()
+        backend.no_padding()
     except Exception as error:  # The library raises nothing more special.
         raise BadFileError(f"{path} is not a tokenizer: {_first_line(error)}", _HINT) from error
     settings = _read_optional(folder / _SETTINGS_FILE)
@@ -194,6 +198,7 @@ def read_eos_ids(folder: str | Path) -> tuple[int, ...]:
     Raises:
       BadFileError: A configuration cannot be read, or names something that is no token.
     """
+    num_tokens = _read_optional(Path(folder) / _CONFIG_FILE).get("vocab_size")
     for name in _EOS_FILES:
         path = Path(folder) / name
         value = _read_optional(path).get("eos_token_id")
@@ -203,6 +208,11 @@ def read_eos_ids(folder: str | Path) -> tuple[int, ...]:
         if not all(type(token) is int and token >= 0 for token in ids):
             raise BadFileError(
                 f"{path}: eos_token_id = {value!r} is no token", "Write a number or a list of them."
+            )
+        if type(num_tokens) is int and max(ids, default=0) >= num_tokens:
+            raise BadFileError(
+                f"{path}: eos_token_id = {value!r}, but the vocabulary ends at {num_tokens - 1}",
+                "The file belongs to another model: copy the one of this.",
             )
         return tuple(ids)
     return ()

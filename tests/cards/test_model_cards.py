@@ -130,6 +130,19 @@ def test_download_is_the_last_resort(tmp_path, monkeypatch):
         load_model("Somebody/Some-MoE", offline=False)
 
 
+def test_a_misspelt_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "Qwen").mkdir()
+    for name in ("models/typo", "./typo", "a/b/c", "/nowhere/typo", "../typo", ".typo"):
+        with pytest.raises(BadFileError, match="does not exist"):
+            load_model(name, offline=False)
+    assert load_model("Qwen/Qwen1.5-MoE-A2.7B").name == "qwen1.5-moe-a2.7b"
+    with pytest.raises(UsageError, match="unknown model ''"):
+        load_model("")
+
+
 def test_config_file_and_checkpoint_folder(tmp_path):
     folder = tmp_path / "my-model"
     folder.mkdir()

@@ -134,7 +134,7 @@ def test_drawn_texts_follow_the_seed(read):
     first, second = (read(*options, "--seed", seed) for seed in (7, 8))
     assert first["token_ids"] != second["token_ids"]
     assert (first["temperature"], first["top_p"]) == (2.0, 0.9)
-    assert first["environment"]["seed"] == 7
+    assert (first["seed"], first["environment"]["seed"]) == (7, 7)
 
 
 def test_text_comes_character_by_character(generate, stub, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_terminal_shows_control_characters_and_does_not_obey_them(capsys, monk
 
 def test_where_a_prompt_may_come_from(generate, stub, tmp_path, monkeypatch):
     path = tmp_path / "prompt.txt"
-    path.write_text("from a file\n", encoding="utf-8")
+    path.write_text("from a file\n", encoding="utf-8-sig")
     standard = io.TextIOWrapper(io.BytesIO("été".encode()), encoding="latin-1")
     monkeypatch.setattr(sys, "stdin", standard)
     for arguments in (
@@ -236,12 +236,14 @@ def test_without_a_tokenizer_numbers_go_in_and_out(generate, read, stub, folder,
         (("--prompt", "x" * 33), 2, "33 tokens and 4 new ones exceed the 32 positions"),
         (("--prompt", "x" * 30), 2, "Take --max-new-tokens 3 at most"),
         (("--prompt", "a", "--max-new-tokens", "0"), 2, "--max-new-tokens"),
-        (("--prompt", "a", "--temperature", "-1"), 2, "temperature of -1"),
+        (("--prompt", "a", "--temperature", "-1"), 2, "--temperature: a temperature of -1"),
         (("--prompt", "a", "--temperature", "nan"), 2, "temperature of nan"),
-        (("--prompt", "a", "--top-p", "0"), 2, "top-p 0"),
+        (("--prompt", "a", "--top-p", "0"), 2, "--top-p: top-p 0"),
         (("--prompt", "a", "--dtype", "int8"), 2, "--dtype"),
         (("--prompt", "a", "--logits"), 2, "Add -o json"),
         (("--prompt", "a", "--model", "no-such"), 2, "no-such"),
+        (("--prompt", "a", "--model", ""), 2, "--model is empty"),
+        (("--prompt", "a", "--model", "small-moe"), 2, "small-moe is a card without weights"),
         (("--prompt", "a", "--model", "empty"), 4, "config.json"),
     ],
 )

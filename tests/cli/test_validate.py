@@ -8,6 +8,7 @@ from moejax.cards import models_dir
 from moejax.cli import _outside
 from moejax.trace import save_trace
 
+from ._checkpoint import write_checkpoint
 from ._tiny import make_trace
 
 FIELDS = ["check", "expected", "ours", "tolerance", "ok", "source"]
@@ -86,6 +87,31 @@ def test_a_folder_is_a_run_or_a_checkpoint(validate, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, out, _ = validate(tmp_path, "-o", "json")
     assert (code, json.loads(out)[0]["kind"]) == (4, "model")
+
+
+def test_the_weights_of_a_checkpoint_are_checked(validate, tmp_path):
+    write_checkpoint(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def check() -> dict:
+        return json.loads(validate(tmp_path, "-o", "json")[1])[0]
+
+    sound = check()
+    assert sound["ok"]
+    assert "shapes and places of 67 tensors in 1 file, not their values" in sound["checked"]
+    weights.write_bytes(content[:-4])
+    assert not check()["ok"]
+    weights.write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    assert "embed_tokens.weight has shape [256, 16], not [300, 16]" in check()["problem"]
+    weights.unlink()
+    bare = check()
+    assert bare["ok"]
+    assert "there are no *.safetensors" in bare["checked"]
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in check()["problem"]
 
 
 def test_a_table_says_what_is_wrong(validate, tmp_path):

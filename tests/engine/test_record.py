@@ -1,5 +1,9 @@
 """Recording: the trace says what the router did, and an interrupted recording goes on."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,13 +166,71 @@ def test_settings_may_change_before_there_is_a_part(engine, tmp_path, monkeypatc
             record(engine, PROMPTS, out=path, **{**SETTINGS, "seed": seed})
 
 
-def test_a_foreign_folder_is_left_alone(engine, tmp_path):
+@pytest.mark.parametrize("name", ["thesis.txt", "settings.json", "00000000.safetensors"])
+def test_a_foreign_folder_is_left_alone(engine, tmp_path, name):
     folder = tmp_path / "t.safetensors.parts"
     folder.mkdir()
-    (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError):
+    (folder / name).write_text('"years of work"')
+    with pytest.raises(UsageError, match="was not made by a recording") as caught:
         record(engine, PROMPTS, out=tmp_path / "t.safetensors", **SETTINGS)
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert "another --out" in caught.value.hint
+    assert "elete" not in caught.value.hint
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_file_where_the_parts_go_is_left_alone(engine, tmp_path):
+    place = tmp_path / "t.safetensors.parts"
+    place.write_text("years of work")
+    with pytest.raises(UsageError, match="was not made by a recording"):
+        record(engine, PROMPTS, out=tmp_path / "t.safetensors", **SETTINGS)
+    assert place.read_text() == "years of work"
+
+
+def test_damaged_and_lost_parts_are_recorded_again(engine, recorded, tmp_path, monkeypatch):
+    path, notes = tmp_path / "t.safetensors", []
+    folder = tmp_path / "t.safetensors.parts"
+    settings = {**SETTINGS, "batch_size": 1, "out": path, "on_note": notes.append}
+    with monkeypatch.context() as patch:
+        _interrupt_after(engine, patch, num_batches=1)
+        with pytest.raises(_PowerCutError):
+            record(engine, PROMPTS, **settings)
+    torn, lost, _ = sorted(folder.glob("*.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:-7])
+    lost.unlink()
+    generate, asked = engine.generate, []
+
+    def listen(prompts, **options):
+        asked.append(options["first_request"])
+        return generate(prompts, **options)
+
+    monkeypatch.setattr(engine, "generate", listen)
+    # What is left is looked at before the first token.
+    record(engine, PROMPTS, on_progress=lambda *_: asked.append(len(notes)), **settings)
+    assert asked == [2, 0, 2, 1, 2, 2, 3, 2]
+    assert [file.name in note for file, note in zip((torn, lost), notes, strict=True)] == [True] * 2
+    assert all(note.startswith("recording again: ") for note in notes)
+    np.testing.assert_array_equal(load_trace(path).experts, recorded[1].experts)
+
+
+def test_two_runs_do_not_write_one_trace(engine, recorded, tmp_path, monkeypatch):
+    path = tmp_path / "t.safetensors"
+    lock = tmp_path / "t.safetensors.parts" / "lock"
+    _interrupt_after(engine, monkeypatch, num_batches=0)
+    with pytest.raises(_PowerCutError):
+        record(engine, PROMPTS, out=path, **SETTINGS)
+    assert not lock.exists()
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    lock.write_text(str(other.pid))
+    with pytest.raises(UsageError, match=f"another run, process {other.pid}, is writing"):
+        record(engine, PROMPTS, out=path, **SETTINGS)
+    assert lock.read_text() == str(other.pid)
+    other.communicate(b"\n")
+    # That process has ended; nor does our own number, garbage or nothing keep us out.
+    for owner in (other.pid, os.getpid(), -1, "", "x", 10**30):
+        lock.write_text(str(owner))
+        with pytest.raises(_PowerCutError):
+            record(engine, PROMPTS, out=path, **SETTINGS)
+        assert not lock.exists()
 
 
 @pytest.mark.parametrize(

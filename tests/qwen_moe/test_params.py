@@ -340,12 +340,39 @@ def test_two_sets_of_weights_are_refused(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    for name in ("tiny-mow", tmp_path / "absent" / "x", "a\0b", "x" * 5000, "reference-study"):
+    for name in ("tiny-mow", tmp_path / "absent" / "x", "a\0b", "x" * 5000):
         with pytest.raises(UsageError, match="neither a checkpoint folder nor the name of one"):
             find_checkpoint(name)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is not a folder"):
         find_checkpoint(tmp_path / "file")
+
+
+def test_a_card_without_weights_says_so():
+    with pytest.raises(UsageError, match="small-moe is a card without weights") as caught:
+        params.open_checkpoint("small-moe")
+    assert "--trace small-moe" in caught.value.hint
+    with pytest.raises(UsageError, match="card without weights") as caught:
+        params.open_checkpoint("reference-study")
+    assert "--trace" not in caught.value.hint
+
+
+def test_no_name_is_not_the_working_folder(monkeypatch, tmp_path):
+    save_tiny(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is empty"):
+        params.open_checkpoint("")
+
+
+def test_a_checkpoint_can_be_checked_without_reading_a_weight(monkeypatch, tmp_path):
+    save_tiny(tmp_path, max_shard_bytes=2000)
+    monkeypatch.setattr(params, "read_tensor", None)
+    assert params.check(tmp_path).path == tmp_path
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_key_value_heads"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadFileError, match=r"k_proj.weight has shape \[8, 16\], not \[16, 16\]"):
+        params.check(tmp_path)
 
 
 def test_a_model_of_the_hub_is_found_where_it_was_downloaded(monkeypatch, tmp_path):

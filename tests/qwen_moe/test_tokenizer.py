@@ -172,6 +172,16 @@ def test_an_end_token_is_a_number(tmp_path, value):
     assert "eos_token_id" in caught.value.cause
 
 
+def test_an_end_token_is_one_of_the_vocabulary(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "eos_token_id": 5}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [99, 100]}')
+    with pytest.raises(BadFileError, match="the vocabulary ends at 99") as caught:
+        read_eos_ids(tmp_path)
+    assert "generation_config.json: eos_token_id = [99, 100]" in caught.value.cause
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 99}')
+    assert read_eos_ids(tmp_path) == (99,)
+
+
 def test_a_folder_without_a_tokenizer(tmp_path):
     assert not has_tokenizer(tmp_path)
     with pytest.raises(BadFileError) as caught:
