@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from flax import nnx
-
-from moejax.qwen_moe import QwenMoe, QwenMoeConfig
+from moejax.qwen_moe import QwenMoeConfig
 from moejax.qwen_moe.params import save
 
+from ..engine._tiny import random_model
 from ..qwen_moe._byte_tokenizer import write_byte_tokenizer
 
 CONFIG = QwenMoeConfig(
@@ -22,8 +21,6 @@ CONFIG = QwenMoeConfig(
     shared_expert_intermediate_size=12,
     norm_topk_prob=False,
     max_position_embeddings=32,
-    # Large weights, so that texts vary and no two logits are close.
-    initializer_range=0.5,
     dtype="float32",
     eos_token_ids=(0,),
 )
@@ -31,5 +28,5 @@ CONFIG = QwenMoeConfig(
 
 def write_checkpoint(folder: Path, **settings) -> Path:
     """Writes the checkpoint; `settings` go to its `tokenizer_config.json`."""
-    save(QwenMoe(CONFIG, rngs=nnx.Rngs(0)), folder)
+    save(random_model(CONFIG), folder)
     return write_byte_tokenizer(folder, **settings)

@@ -53,7 +53,7 @@ def recorded(folder, tmp_path_factory) -> tuple[Path, int, str, str]:
     return path, code, out.getvalue(), err.getvalue()
 
 
-def test_a_recording_is_a_trace_that_simulate_replays(recorded, capsys):
+def test_a_recording_is_a_trace_that_simulate_replays(recorded, folder, capsys, monkeypatch):
     path, code, out, err = recorded
     assert (code, err) == (0, "")
     summary, trace = json.loads(out), load_trace(path)
@@ -70,6 +70,7 @@ def test_a_recording_is_a_trace_that_simulate_replays(recorded, capsys):
     assert trace.lookahead.shape[2:] == (1, 4)
     assert trace.expert_bytes.tolist() == [4 * 3 * 16 * 8] * 2
 
+    monkeypatch.chdir(folder)
     command = f"simulate --trace {path} --model Qwen1.5-MoE-A2.7B --strategy lru,gate_look"
     assert cli.main([*command.split(), "--slots", "2,4", "--hardware", "rtx-3090"]) == 0
     assert "gate_look" in capsys.readouterr().out
@@ -117,7 +118,15 @@ def test_options_reach_the_engine(record, tmp_path, monkeypatch):
     assert asked["stop_token_ids"] == CONFIG.eos_token_ids
     assert asked["source"] == "qwen1.5-moe-a2.7b on prompts.txt"
     assert [bytes(ids).decode() for ids in asked["prompts"]] == [f"<{text}>" for text in PROMPTS]
-    options = ("--prompts", "prompts.txt", "--lookahead-depth", 0, "--out", "t.safetensors")
+    options = (
+        *options,
+        "--lookahead-depth",
+        0,
+        "--prompts",
+        "prompts.txt",
+        "--out",
+        "t.safetensors",
+    )
     assert record(*options)[0] == 130
     assert asked["lookahead"] is None
 

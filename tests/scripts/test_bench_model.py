@@ -44,6 +44,13 @@ HEAD_SIZE = 48 * 16
 CEILINGS = {"bytes_per_s": 1e9, "flops_per_s": 1e12}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fast_keys():
+    """Random numbers of the kind that compiles fastest: every shape is a program."""
+    with jax.default_prng_impl("unsafe_rbg"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def model():
     return model_timing.draw_weights(CONFIG, jnp.dtype("bfloat16"))
@@ -104,7 +111,9 @@ def test_every_part_is_measured_and_kept(tmp_path, config_path, capsys):
     assert baseline["rows"][1]["decode"]["samples"] == [0.5, 0.25]
 
 
-def test_nothing_starts_after_the_time_is_up(tmp_path, config_path, capsys):
+def test_nothing_starts_after_the_time_is_up(tmp_path, config_path, model, capsys, monkeypatch):
+    monkeypatch.setattr(bench_model, "measure_ceilings", lambda dtype: CEILINGS)
+    monkeypatch.setattr(bench_model, "draw_weights", lambda config, dtype: model)
     out = tmp_path / "results.json"
     words = f"--model {config_path} --max-seconds 0 --parts decode,prefill,experts --out {out}"
     assert bench_model.main(words.split()) == 0

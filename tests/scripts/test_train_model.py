@@ -56,6 +56,21 @@ def corpus():
     return training_data.Corpus(text, {"a": text[:100], "b": text[200:277]}, np.full(32, 2))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fast_compiles():
+    """Random numbers of the kind that compiles fastest, and programs that run only a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.default_prng_impl("unsafe_rbg"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    # As a training begins: the same program.
+    return training_run.open_state(Path("no-state"), CONFIG, 0, "", False)[0].weights
+
+
 def draw_pairs(num_tokens, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (num_tokens, 16), dtype)
@@ -111,24 +126,25 @@ def test_token_losses_equal_the_formula_in_value_and_gradient():
     def chunked(hidden, head):
         return (probe * training_step._token_losses(hidden, head, labels, 8)).sum()
 
-    ours, theirs = (jax.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (chunked, plain))
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, head) for f in (chunked, plain)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
 
 
-def test_stacked_layers_are_the_packages_model():
-    weights = training_step.init_weights(CONFIG, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 32)
+def test_stacked_layers_are_the_packages_model(weights):
+    # As many windows as training evaluates at once: the same program.
+    tokens = jax.random.randint(jax.random.key(1), (train_model.EVALUATION_WINDOWS, 17), 0, 32)
     losses = training_step.make_evaluation(CONFIG, attention="xla")(weights, tokens)
     model = training_step.to_model(CONFIG, weights, jnp.bfloat16)
-    positions = jnp.broadcast_to(jnp.arange(16)[None, :], (2, 16))
+    positions = jnp.broadcast_to(jnp.arange(16)[None, :], (len(tokens), 16))
     logits = jax.jit(lambda tokens: model(tokens, positions)[0])(tokens[:, :-1])
     expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], 2)[..., 0]
     # The package's router multiplies in bfloat16, so a close call may go to another expert.
     assert np.abs(losses - expected).mean() < 0.02
 
 
-def test_balance_is_one_when_even_and_counts_what_is_dropped():
-    weights = training_step.init_weights(CONFIG, jax.random.key(0))
+def test_balance_is_one_when_even_and_counts_what_is_dropped(weights):
     gate = jnp.zeros_like(weights["layers.mlp.gate.weight"])
     tokens = jax.random.randint(jax.random.key(1), (16, 17), 0, 32)
     losses = jax.jit(
