@@ -153,7 +153,8 @@ def ceilings_table(runs: Sequence[Row]) -> str:
 
 def sweep_table(run: Row) -> str:
     """Times of every implementation by number of tokens, and what the package chooses."""
-    header = ("tokens", *(f"`{name}`" for name in EXPERTS), "bound", "fastest timed")
+    names = timed(run)
+    header = ("tokens", *(f"`{name}`" for name in names), "bound", "fastest timed")
     lines, excess = [], {}
     for num_tokens, rows in sweep(run).items():
         times = {name: layer_s(run, row) for name, row in rows.items()}
@@ -164,12 +165,18 @@ def sweep_table(run: Row) -> str:
         if chosen in times:
             excess[num_tokens] = times[chosen] / times[fastest]
         over = f"{excess[num_tokens]:.2f}x" if chosen in times else "not timed"
-        cells = [format_seconds(times[name]) if name in times else "" for name in EXPERTS]
+        cells = [format_seconds(times[name]) if name in times else "" for name in names]
         bound = format_seconds(next(iter(rows.values()))["bound_s"])
         lines.append((f"{num_tokens:,}", *cells, bound, f"`{fastest}`", f"`{chosen}`", over))
     header += ("`choose_experts`", "over fastest")
     table = markdown_table(header, lines, words=("fastest timed", "`choose_experts`"))
     return f"### {title(run)} ({run['name']})\n\n{_choice(excess)}\n\n{table}"
+
+
+def timed(run: Row) -> list[str]:
+    """Implementations that a run timed: those of the package, then those it had once."""
+    found = {name for rows in sweep(run).values() for name in rows}
+    return [name for name in EXPERTS if name in found] + sorted(found - set(EXPERTS))
 
 
 def runs_table(runs: Sequence[Row]) -> str:
