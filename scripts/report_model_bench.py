@@ -319,8 +319,8 @@ def _prefill_line(run: Row, cases: Sequence[Case]) -> str:
         f"{format_seconds(ours_s)}. `jax.lax.ragged_dot`, which computes only chosen pairs, takes "
         f"{format_seconds(ragged)} a layer in jax {version(run, 'jax')}, so "
         f"{format_seconds(num_layers * ragged)}. `rounds`, a batched product over a fixed number "
-        "of places per expert, repeated while some expert has more pairs, came after these runs and "
-        "was not timed on a GPU yet."
+        "of places per expert, repeated while some expert has more pairs, came after these runs "
+        "and was not timed on a GPU yet."
     )
 
 
