@@ -16,6 +16,7 @@ def test_env_lists_what_there_is(capsys):
     assert {"qwen1.5-moe-a2.7b", "gpt-oss-20b", "tiny-moe"} <= set(record["models"])
     assert {"rtx-3090", "h100"} <= set(record["hardware"])
     assert "qwen1.5-moe" in record["workloads"]
+    assert record["traces"] == ["small-moe", "tiny-moe"]
     assert record["strategies"][:5] == ["on_demand", "oracle", "multi_look", "top_k", "intelligent"]
 
 
