@@ -94,8 +94,9 @@ def generate(
 
     The text goes to stdout as it comes, times to stderr: TTFT until the first token, TPOT from
     one token to the next; compilation comes before both and is told apart. The same seed, prompt
-    and settings give the same text. `-o json` has the token numbers, to compare with other
-    implementations; without a tokenizer.json, --prompt-ids still works.
+    and settings give the same text on the same machine and versions. `-o json` has the token
+    numbers, to compare with other implementations; without a tokenizer.json, --prompt-ids still
+    works.
 
     Example: moejax generate --prompt "The " --max-new-tokens 64
     """
