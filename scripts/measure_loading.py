@@ -1,6 +1,7 @@
 """Measures the memory and the time that loading a checkpoint takes.
 
     python scripts/measure_loading.py [--size 4GB] [--layout hub|fused] [--dtype float32]
+        [--out reports/loading/results.json]
 
 writes random weights of Qwen1.5-MoE's shapes into a temporary folder, loads them in a fresh
 process and prints one line of JSON per layout. The weights lie in the page cache when they are
@@ -24,6 +25,7 @@ import numpy as np
 from moejax.errors import MoejaxError, UsageError
 from moejax.qwen_moe import QwenMoeConfig, abstract, params, write_config
 from moejax.qwen_moe.params import LAYOUTS, weight_map
+from moejax.results import capture_environment, write_json
 from moejax.tensors import TensorShape, write_tensors
 from moejax.units import format_bytes, parse_bytes
 
@@ -40,6 +42,7 @@ ONE_LAYER = QwenMoeConfig(
     shared_expert_intermediate_size=5632,
     norm_topk_prob=False,
 )
+SCHEMA, SEED = "moejax.loading/1", 0
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--size", default="4GB")
     parser.add_argument("--layout", choices=LAYOUTS, action="append")
     parser.add_argument("--dtype", help="type to cast to while loading")
+    parser.add_argument("--out", type=Path, help="file for all lines and the environment")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
@@ -58,6 +62,7 @@ def main() -> None:
         config = config_of(parse_bytes(options.size))
     except MoejaxError as error:
         sys.exit(f"error: {error.cause}\n\nhint: {error.hint}")
+    rows = []
     for layout in options.layout or LAYOUTS:
         with tempfile.TemporaryDirectory() as folder:
             size_bytes = write(Path(folder), config, layout)
@@ -65,18 +70,19 @@ def main() -> None:
             command += ["--dtype", options.dtype] if options.dtype else []
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout)
-        print(
-            json.dumps(
-                {
-                    "layout": layout,
-                    "checkpoint_bytes": size_bytes,
-                    **found,
-                    "peak_ratio": found["peak_bytes"] / size_bytes,
-                    "added_ratio": (found["peak_bytes"] - found["baseline_bytes"]) / size_bytes,
-                    "bytes_per_s": size_bytes / found["load_s"],
-                }
-            )
-        )
+        row = {
+            "layout": layout,
+            "checkpoint_bytes": size_bytes,
+            **found,
+            "peak_ratio": found["peak_bytes"] / size_bytes,
+            "added_ratio": (found["peak_bytes"] - found["baseline_bytes"]) / size_bytes,
+            "bytes_per_s": size_bytes / found["load_s"],
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    if options.out is not None:
+        environment = capture_environment(SEED)
+        write_json(options.out, {"schema": SCHEMA, "environment": environment, "rows": rows})
 
 
 def config_of(size_bytes: int) -> QwenMoeConfig:

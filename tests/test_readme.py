@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -62,3 +63,39 @@ def test_figures_of_the_results_table_are_those_of_the_run():
             assert float(shown) == pytest.approx(1e3 * sum(means) / len(means), rel=5e-3)
         ratios = [r["hit_ratio"] for r in mine if r["batch_size"] == 1]
         assert float(hits) == pytest.approx(100 * sum(ratios) / len(ratios), abs=0.06)
+
+
+def read_results(name: str) -> dict:
+    return json.loads((ROOT / "reports" / name / "results.json").read_text(encoding="utf-8"))
+
+
+def test_figures_of_the_model_are_those_of_its_last_run():
+    runs = {run["name"]: run["result"] for run in read_results("h100-model")["runs"]}
+    run, words = runs["h100-2"], " ".join(README.split())
+
+    def median_ms(row: dict, kind: str) -> float:
+        return 1e3 * statistics.median(row[kind]["samples"])
+
+    ours = {row["batch_size"]: row for row in run["decode"]}
+    prompt = next(row for row in run["prefill"] if row["num_tokens"] == 2048)
+    theirs = [row for part in run["baseline"] for row in part["rows"]]
+    alone, crowded = (
+        min(median_ms(row, "decode") for row in theirs if row.get("batch_size") == size)
+        for size in (1, 16)
+    )
+    read = min(median_ms(row, "prefill") for row in theirs if row.get("num_tokens") == 2048)
+    shown = (
+        f"takes {median_ms(ours[1], 'pipelined'):.2f} ms at batch 1",
+        f"takes {alone:.1f} ms in the same run, and {1e3 * ours[1]['bound_s']:.2f} ms",
+        f"at batch 16 {median_ms(ours[16], 'pipelined'):.1f} ms against {crowded:.1f}.",
+        f"{median_ms(prompt, 'prefill'):.0f} ms against {read:.0f}.",
+    )
+    assert not [part for part in shown if part not in words]
+
+
+def test_figures_of_the_small_model_are_those_of_its_report():
+    pinned = read_results("small-models")["recording"]["small-moe"]["domains"]["pinned_0.5"]
+    same, other = (pinned[f"{which}_domain_hit_ratio"] for which in ("same", "other"))
+    words = " ".join(README.split())
+    assert f"{same:.0%} with half".replace("%", " %") in words
+    assert f"by one of another domain {other:.0%}".replace("%", " %") in words

@@ -13,27 +13,21 @@ from moejax.qwen_moe import (
     EXPERTS,
     Lookahead,
     QwenMoe,
-    QwenMoeConfig,
     RoutedExperts,
     abstract,
     empty_cache,
 )
 
+from ..engine import _tiny
 from ..engine._tiny import random_model
 
-CONFIG = QwenMoeConfig(
+CONFIG = dataclasses.replace(
+    _tiny.CONFIG,
     vocab_size=40,
-    hidden_size=16,
     intermediate_size=20,
     num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
-    num_experts=6,
-    num_experts_per_tok=2,
-    moe_intermediate_size=8,
-    shared_expert_intermediate_size=12,
-    norm_topk_prob=False,
-    mlp_only_layers=(1,),
     initializer_range=0.3,
 )
 TOKEN_IDS = jax.random.randint(jax.random.key(3), (2, 7), 0, CONFIG.vocab_size)
