@@ -1,5 +1,28 @@
 """Running the experiment and measuring the machine it runs on."""
 
+from ._engine_case import ROUTER as ROUTER
+from ._engine_case import EngineCase as EngineCase
+from ._engine_ceilings import Ceilings as Ceilings
+from ._engine_ceilings import measure_ceilings as measure_ceilings
+from ._engine_ceilings import measure_host_reads as measure_host_reads
+from ._engine_counts import simulated_counts as simulated_counts
+from ._engine_parts import measure_contexts as measure_contexts
+from ._engine_parts import measure_drift as measure_drift
+from ._engine_parts import measure_memory as measure_memory
+from ._engine_parts import measure_prefill as measure_prefill
+from ._engine_rig import Rig as Rig
+from ._engine_rig import random_rig as random_rig
+from ._engine_run import ENGINE_SCHEMA as ENGINE_SCHEMA
+from ._engine_run import EngineBench as EngineBench
+from ._engine_run import EngineSettings as EngineSettings
+from ._engine_run import describe_bench as describe_bench
+from ._engine_run import make_cases as make_cases
+from ._engine_run import open_bench as open_bench
+from ._engine_run import run_cases as run_cases
+from ._engine_steps import Routing as Routing
+from ._engine_traces import foreseeable_trace as foreseeable_trace
+from ._engine_traces import trace_of_hit_ratio as trace_of_hit_ratio
+from ._engine_traces import true_lookahead as true_lookahead
 from ._grid import GridSettings as GridSettings
 from ._grid import run_grid as run_grid
 from ._grid import simulate_lanes as simulate_lanes

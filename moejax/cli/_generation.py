@@ -4,7 +4,7 @@ import enum
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
 
@@ -109,8 +109,15 @@ def find_checkpoint(model: str) -> NamedCheckpoint:
     return NamedCheckpoint(_name(model, files.path), files, config)
 
 
-def load_model(checkpoint: NamedCheckpoint, weight_type: WeightType) -> "QwenMoe":
+def load_model(
+    checkpoint: NamedCheckpoint, weight_type: WeightType, *, routed_experts: bool = True
+) -> "QwenMoe":
     """Reads the weights, with a bar for the person who waits.
+
+    Args:
+      checkpoint: The model.
+      weight_type: What weights become.
+      routed_experts: Whether the routed experts are read too.
 
     Raises:
       BadFileError: The weights are corrupt, incomplete or not of this architecture.
@@ -118,13 +125,21 @@ def load_model(checkpoint: NamedCheckpoint, weight_type: WeightType) -> "QwenMoe
     """
     from moejax.qwen_moe.params import load
 
-    dtype = None if weight_type is WeightType.checkpoint else weight_type.value
     with show_progress("loading") as progress:
         return load(
             checkpoint.files,
-            dtype=dtype,
+            dtype=weight_dtype(checkpoint, weight_type),
+            routed_experts=routed_experts,
             on_progress=lambda done, all_: progress(done // 10**6, all_ // 10**6, "MB"),
         )
+
+
+def weight_dtype(checkpoint: NamedCheckpoint, weight_type: WeightType) -> str:
+    """Name of the type that the weights have once they are loaded."""
+    from moejax.qwen_moe.params import chosen_dtype
+
+    asked = None if weight_type is WeightType.checkpoint else weight_type.value
+    return chosen_dtype(checkpoint.files, checkpoint.config, asked).name
 
 
 def read_sampling(temperature: float, top_p: float) -> "Sampling":
@@ -143,12 +158,17 @@ def read_sampling(temperature: float, top_p: float) -> "Sampling":
     return Sampling(temperature, top_p)
 
 
-@contextmanager
-def exact_float32(model: "QwenMoe") -> Iterator[None]:
+def exact_float32(model: "QwenMoe") -> AbstractContextManager[None]:
     """Keeps accelerators from rounding the factors of float32 products, as they do for speed."""
+    return exact_products(str(model.embed_tokens.weight.dtype))
+
+
+@contextmanager
+def exact_products(dtype: str) -> Iterator[None]:
+    """The same for a model whose weights are of this type."""
     import jax
 
-    if model.embed_tokens.weight.dtype != "float32":
+    if dtype != "float32":
         yield
         return
     with jax.default_matmul_precision("highest"):

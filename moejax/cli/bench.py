@@ -1,4 +1,4 @@
-"""`moejax bench`: the study's experiment, and this machine measured beside it."""
+"""`moejax bench`: the study's experiment and this machine beside it, or the engine measured."""
 
 import datetime
 import enum
@@ -9,6 +9,20 @@ import typer
 
 from moejax.errors import UsageError
 
+from ._engine_bench import (
+    CheckOption,
+    EngineOption,
+    EngineOptions,
+    KernelsOption,
+    LearnFromOption,
+    NumStepsOption,
+    PromptsOption,
+    RandomWeightsOption,
+    ReplayOption,
+    ScopesOption,
+    bench_engine,
+    refuse_engine_options,
+)
 from ._options import (
     DEFAULT_HARDWARE,
     HardwareOption,
@@ -43,6 +57,7 @@ if TYPE_CHECKING:
 REPORTS = Path("reports")
 
 _STUDY = "on_demand,oracle,multi_look,top_k,intelligent"
+_BATCH_SIZES = "1,2,4,8,16"
 _NUM_RUNS, _QUICK_RUNS = 10, 3
 _NUM_STEPS, _QUICK_STEPS = 128, 48
 
@@ -55,32 +70,65 @@ class Dispatch(enum.StrEnum):
     both = "both"
 
 
+_DISPATCHES = {
+    Dispatch.batched: ("batched",),
+    Dispatch.sequential: ("sequential",),
+    Dispatch.both: ("batched", "sequential"),
+}
+
+
 def bench(
     model: RoutedModelOption = None,
     hardware: HardwareOption = DEFAULT_HARDWARE,
     trace: TraceOption = None,
     workload: WorkloadOption = None,
     strategies: Annotated[
-        str, typer.Option("--strategies", metavar="NAMES", help="Strategies, with commas.")
-    ] = _STUDY,
+        str | None,
+        typer.Option(
+            "--strategies",
+            metavar="NAMES",
+            help=f"Strategies, with commas; default: {_STUDY}; with --engine lru,intelligent.",
+        ),
+    ] = None,
     batch_sizes: Annotated[
-        str, typer.Option("--batch-sizes", metavar="NUMBERS", help="Batch sizes, with commas.")
-    ] = "1,2,4,8,16",
+        str | None,
+        typer.Option(
+            "--batch-sizes",
+            metavar="NUMBERS",
+            help=f"Batch sizes, with commas; default: {_BATCH_SIZES}; with --engine 1.",
+        ),
+    ] = None,
     runs: Annotated[
         int | None,
         typer.Option("--runs", min=1, help=f"Draws of requests; {_NUM_RUNS}, quick {_QUICK_RUNS}."),
     ] = None,
     slots: Annotated[
-        int | None,
-        typer.Option("--slots", min=0, help="Device slots of a layer; default: half the experts."),
+        str | None,
+        typer.Option(
+            "--slots",
+            metavar="NUMBERS",
+            help="Device slots of a layer; default: half the experts. With --engine several, with "
+            "commas.",
+        ),
     ] = None,
     budget: Annotated[
         str, typer.Option("--budget", metavar="SIZE", help="Device bytes for slots, such as 2GB.")
     ] = "",
     dispatch: Annotated[
-        Dispatch,
-        typer.Option("--dispatch", help="Requests in lockstep, one after another, or both."),
-    ] = Dispatch.batched,
+        Dispatch | None,
+        typer.Option(
+            "--dispatch", help="Requests in lockstep, one after another, or both; default: batched."
+        ),
+    ] = None,
+    engine: EngineOption = False,
+    scopes: ScopesOption = None,
+    num_steps: NumStepsOption = None,
+    replay: ReplayOption = None,
+    random_weights: RandomWeightsOption = False,
+    prompts: PromptsOption = None,
+    profile: LearnFromOption = None,
+    kernels: KernelsOption = None,
+    check: CheckOption = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Time this machine's copies and compute.")
     ] = True,
@@ -96,18 +144,54 @@ def bench(
     seed, never added noise; all strategies have the same slots. By default this machine's copies
     and expert compute are measured as well.
 
+    With --engine the model really decodes, its experts in host memory: every step is timed, and
+    set against what the link and the memory of this machine allow. What an interrupted run has
+    measured is kept.
+
     Example: moejax bench --out reports/first --quick
     """
+    options = EngineOptions(
+        model,
+        strategies,
+        slots,
+        scopes,
+        batch_sizes,
+        num_steps,
+        replay,
+        random_weights,
+        prompts,
+        profile,
+        kernels,
+        check,
+        measure,
+        quick,
+        seed,
+    )
+    if engine:
+        simulated = {
+            "--hardware": hardware != DEFAULT_HARDWARE,
+            "--trace": trace is not None,
+            "--workload": workload is not None,
+            "--runs": runs is not None,
+            "--budget": bool(budget),
+            "--dispatch": dispatch is not None,
+        }
+        _refuse_simulated(simulated)
+        folder = out or new_folder()
+        _check_writable(folder)
+        bench_engine(options, folder, output, fit=_fit_this_machine)
+        return
+    refuse_engine_options(options)
     from moejax.bench import GridSettings, check_shape, run_bench
     from moejax.cards import load_hardware, load_model
     from moejax.results import write_json
     from moejax.strategies import STRATEGIES
 
-    names = parse_names(strategies, "--strategies", tuple(STRATEGIES))
-    sizes = parse_ints(batch_sizes, "--batch-sizes", minimum=1, maximum=255)
+    names = parse_names(strategies or _STUDY, "--strategies", tuple(STRATEGIES))
+    sizes = parse_ints(batch_sizes or _BATCH_SIZES, "--batch-sizes", minimum=1, maximum=255)
     recorded = recorded_trace(trace, workload, model)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
-    profile = load_hardware(hardware)
+    machine = load_hardware(hardware)
     workload = check_workload(workload or workload_of(spec))
     if recorded is not None:
         check_shape(recorded, spec)
@@ -117,7 +201,7 @@ def bench(
         batch_sizes=sizes,
         num_runs=runs or (_QUICK_RUNS if quick else _NUM_RUNS),
         slots=_slots(slots, budget, spec, recorded),
-        dispatches=("batched", "sequential") if dispatch is Dispatch.both else (dispatch.value,),
+        dispatches=_DISPATCHES[dispatch or Dispatch.batched],
         num_steps=_QUICK_STEPS if quick else _NUM_STEPS,
         seed=seed,
     )
@@ -127,7 +211,7 @@ def bench(
         results = run_bench(
             settings,
             spec,
-            profile,
+            machine,
             trace=recorded,
             workload=workload,
             measure=measure,
@@ -137,7 +221,7 @@ def bench(
         progress(0, 1, "tuning tiers")
         device_bytes = results["grid"][0]["capacity_bytes"]
         routing = recorded or open_routing(workload, seed)
-        plan = make_plan(routing, spec, profile, device_bytes, seed=seed) if device_bytes else None
+        plan = make_plan(routing, spec, machine, device_bytes, seed=seed) if device_bytes else None
     if measure:
         _fit_this_machine(folder, results)
     if plan is not None:
@@ -145,7 +229,7 @@ def bench(
     path = folder / "results.json"
     write_json(path, results)
     say(f"wrote {path} ({len(results['grid'])} points); next: moejax report {folder}")
-    say(f"times are simulated with the profile {profile.name}: {profile.title}")
+    say(f"times are simulated with the profile {machine.name}: {machine.title}")
     num_requests = results["trace"]["num_test_requests"]
     if num_requests is not None and num_requests < max(sizes):
         say(
@@ -164,13 +248,28 @@ def bench(
     emit(_means(results["grid"]), output)
 
 
+def _refuse_simulated(is_given: dict[str, bool]) -> None:
+    given = [name for name, is_there in is_given.items() if is_there]
+    cures = {
+        "--trace": "Replay a trace with --replay.",
+        "--budget": "Give the slots of a layer with --slots.",
+    }
+    if given:
+        cure = cures.get(given[0], f"Leave out {given[0]}, or --engine.")
+        raise UsageError(f"{given[0]} has no meaning for a real engine", cure)
+
+
 def _slots(
-    slots: int | None, budget: str, spec: "ModelSpec", trace: "Trace | None"
+    text: str | None, budget: str, spec: "ModelSpec", trace: "Trace | None"
 ) -> tuple[int, ...]:
     from moejax.simulate import slots_within
 
-    if slots is not None and budget:
+    if text is not None and budget:
         raise UsageError("--slots and --budget exclude each other", "Give one of them.")
+    numbers = () if text is None else parse_ints(text, "--slots", minimum=0)
+    if len(numbers) > 1:
+        raise UsageError(f"--slots {text} is more than one number", "Several go with --engine.")
+    slots = numbers[0] if numbers else None
     layers, experts = spec.num_moe_layers, spec.num_experts
     if budget:
         sizes = [spec.expert_bytes] * layers

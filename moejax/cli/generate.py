@@ -22,7 +22,7 @@ from ._generation import (
     WeightType,
     WeightTypeOption,
     encode_prompt,
-    exact_float32,
+    exact_products,
     find_checkpoint,
     load_model,
     open_text,
@@ -31,6 +31,22 @@ from ._generation import (
     read_text,
     room_behind,
     stop_tokens,
+    weight_dtype,
+)
+from ._offload import (
+    BudgetOption,
+    IncludeDenseOption,
+    KernelsOption,
+    OffloadOptions,
+    PlanOption,
+    ProfileOption,
+    ScopeOption,
+    SlotsOption,
+    StrategyOption,
+    describe_offload,
+    is_offloaded,
+    open_offloaded,
+    say_offload,
 )
 from ._options import SeedOption
 from ._output import OutputFormat, emit
@@ -81,6 +97,14 @@ def generate(
     seed: SeedOption = 0,
     ignore_eos: IgnoreEosOption = False,
     weight_type: WeightTypeOption = WeightType.checkpoint,
+    budget: BudgetOption = "",
+    slots: SlotsOption = None,
+    plan: PlanOption = None,
+    scope: ScopeOption = None,
+    strategy: StrategyOption = None,
+    include_dense: IncludeDenseOption = False,
+    profile: ProfileOption = None,
+    kernels: KernelsOption = None,
     logits: Annotated[
         bool,
         typer.Option("--logits", help="Add the logits behind the prompt; with -o json only."),
@@ -90,7 +114,10 @@ def generate(
         typer.Option("--output", "-o", help="The text as it comes, or all facts at the end."),
     ] = AnswerFormat.text,
 ) -> None:
-    """Continue a prompt with a Qwen1.5-MoE checkpoint, every expert on the device.
+    """Continue a prompt with a Qwen1.5-MoE checkpoint.
+
+    Every expert is on the device, or with --budget, --slots or --plan only some: the others wait
+    in host memory and a strategy says which; what it says changes the speed, never the text.
 
     The text goes to stdout as it comes, times to stderr: TTFT until the first token, TPOT from
     one token to the next; compilation comes before both and is told apart. The same seed, prompt
@@ -100,6 +127,8 @@ def generate(
 
     Example: moejax generate --prompt "The " --max-new-tokens 64
     """
+    options = OffloadOptions(budget, slots, plan, scope, strategy, include_dense, profile, kernels)
+    offloads = is_offloaded(options)
     given = _given_prompt(prompt, prompt_file, prompt_ids)
     if logits and output is not AnswerFormat.json:
         raise UsageError("--logits prints numbers, not text", "Add -o json.")
@@ -116,9 +145,19 @@ def generate(
     )
     max_new_tokens = max_new_tokens or min(DEFAULT_NEW_TOKENS, room_behind(ids, checkpoint))
     stop_token_ids = stop_tokens(checkpoint, tokenizer, ignore_eos)
-    network = load_model(checkpoint, weight_type)
-    with exact_float32(network):
-        generation = Engine(network).generate(
+    dtype = weight_dtype(checkpoint, weight_type)
+    opened = None
+    if offloads:
+        opened = open_offloaded(
+            checkpoint,
+            weight_type,
+            options,
+            num_tokens=len(ids),
+            max_new_tokens=max_new_tokens,
+        )
+    engine = Engine(load_model(checkpoint, weight_type)) if opened is None else opened.engine
+    with exact_products(dtype):
+        generation = engine.generate(
             [ids],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
@@ -129,10 +168,12 @@ def generate(
         text = _follow(generation, stream, stop_token_ids, is_shown=output is AnswerFormat.text)
     if output is AnswerFormat.text:
         _say_times(generation, num_prompt_tokens=len(ids))
+        if opened is not None:
+            say_offload(describe_offload(opened, generation))
         return
     record = {
         "model": checkpoint.name,
-        "dtype": str(network.embed_tokens.weight.dtype),
+        "dtype": dtype,
         "prompt": given.content if isinstance(given.content, str) else None,
         "prompt_ids": ids,
         "token_ids": generation.token_ids[0],
@@ -143,6 +184,8 @@ def generate(
         "seed": seed,
         **_times(generation),
     }
+    if opened is not None:
+        record["offload"] = describe_offload(opened, generation)
     if logits and generation.prompt_logits is not None:
         record["logits"] = generation.prompt_logits[0]
     emit(record | {"environment": capture_environment(seed)}, OutputFormat.json)

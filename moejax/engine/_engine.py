@@ -4,22 +4,39 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int32
 
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
 
 from ._check import check_prompts, check_recording, check_seed
 from ._generate import Generation
-from ._programs import Place, ProgramSettings, cache_bucket, decode, prefill, prompt_bucket
-from ._sampling import GREEDY, Draw, Sampling
+from ._programs import (
+    PREFILL_OPTIONS,
+    Place,
+    ProgramSettings,
+    Routed,
+    cache_bucket,
+    decode,
+    prefill,
+    prompt_bucket,
+)
+from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw
 
 # Routers, norms and biases are smaller in every model; what trains a model changes all of them.
 _MAX_DIGEST_BYTES = 2**20
+
+
+class DecodeState(NamedTuple):
+    """What a step changes where everything is resident."""
+
+    kv: KVCache
+    place: Place
 
 
 class Engine:
@@ -95,7 +112,7 @@ class Engine:
         for row, prompt in zip(token_ids, arrays, strict=True):
             row[: prompt.size] = prompt
         num_tokens = np.array([prompt.size for prompt in arrays], np.int32)
-        draw = None if sampling.is_greedy else _draw(sampling, seed, first_request, len(arrays))
+        draw = None if sampling.is_greedy else make_draw(sampling, seed, first_request, len(arrays))
 
         start_s = time.perf_counter()
         num_before = sum(self.num_compiles.values())
@@ -127,6 +144,29 @@ class Engine:
                 digest.update(np.asarray(param).tobytes())
         return digest.hexdigest()
 
+    def new_state(self, batch_size: int, num_positions: int) -> DecodeState:
+        """A batch of requests that have read nothing yet, with room for so many tokens each."""
+        row = jnp.zeros(batch_size, jnp.int32)
+        cache = empty_cache(self.config, batch_size, num_positions, self._dtype)
+        return DecodeState(cache, Place(row, row, row))
+
+    def read(
+        self,
+        settings: ProgramSettings,
+        token_ids: Int32[np.ndarray, "batch tokens"],
+        num_tokens: Int32[np.ndarray, " batch"],
+        draw: Draw | None,
+    ) -> tuple[KVCache, Place, Float[Array, "batch vocab"], Routed | None]:
+        """Runs `prefill`, compiled when it is first needed."""
+        return self._prefill_program(settings)(self._params, token_ids, num_tokens, draw)
+
+    def advance(
+        self, settings: ProgramSettings, state: DecodeState, draw: Draw | None
+    ) -> tuple[DecodeState, Int32[Array, " batch"], Routed | None]:
+        """Runs `decode`, compiled when it is first needed; the keys and values are used up."""
+        kv, place, routed = self._decode_program(settings)(self._params, *state, draw)
+        return DecodeState(kv, place), place.token_ids, routed
+
     def _prefill_program(self, settings: ProgramSettings) -> Callable[..., Any]:
         rows = settings.batch_size
         token_ids = jax.ShapeDtypeStruct((rows, settings.num_tokens), jnp.int32)
@@ -137,12 +177,8 @@ class Engine:
         settings = settings._replace(num_tokens=1)
         rows = settings.batch_size
 
-        def state():
-            row = jnp.zeros(rows, jnp.int32)
-            cache = empty_cache(self.config, rows, settings.num_positions, self._dtype)
-            return cache, Place(row, row, jnp.int32(0))
-
-        return self._program("decode", decode, settings, jax.eval_shape(state))
+        state = jax.eval_shape(lambda: self.new_state(rows, settings.num_positions))
+        return self._program("decode", decode, settings, state)
 
     def _program(
         self,
@@ -162,22 +198,10 @@ class Engine:
                 model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, params))
                 return function(model, settings, self._experts, *arguments)
 
-            draw = None if settings.is_greedy else _abstract_draw(settings.batch_size)
+            draw = None if settings.is_greedy else abstract_draw(settings.batch_size)
             donated = 1 if name == "decode" else ()
             jitted = jax.jit(program, donate_argnums=donated)
             lowered = jitted.lower(self._params, *arguments, draw)
-            self._programs[name, settings] = lowered.compile()
+            options = PREFILL_OPTIONS if name == "prefill" else None
+            self._programs[name, settings] = lowered.compile(compiler_options=options)
         return self._programs[name, settings]
-
-
-def _draw(sampling: Sampling, seed: int, first_request: int, batch_size: int) -> Draw:
-    return Draw(
-        seed=jnp.uint32(seed),
-        requests=jnp.arange(first_request, first_request + batch_size, dtype=jnp.int32),
-        temperature=jnp.float32(sampling.temperature),
-        top_p=jnp.float32(sampling.top_p),
-    )
-
-
-def _abstract_draw(batch_size: int) -> Draw:
-    return jax.eval_shape(lambda: _draw(GREEDY, 0, 0, batch_size))

@@ -86,6 +86,7 @@ class Generation:
       stop_token_ids: Tokens that end a text.
       compile_s: What compilation took.
       num_ahead: Steps that are under way when a token is read.
+      read_counts: Gives what the first so many calls of `decode` counted of the experts.
 
     Attributes:
       token_ids: New tokens of each request so far, its stop token included.
@@ -103,6 +104,7 @@ class Generation:
         stop_token_ids: Collection[int],
         compile_s: float,
         num_ahead: int,
+        read_counts: Callable[[int], np.ndarray] | None = None,
     ):
         self.token_ids: list[list[int]] = [[] for _ in prompts]
         self.finish_reasons: list[str | None] = [None for _ in prompts]
@@ -112,6 +114,7 @@ class Generation:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._logits: Array | None = None
         self._routed: list[Routed] = []
+        self._read_counts = read_counts
         self._steps = self._run(prefill, decode, num_ahead)
 
     def __iter__(self) -> Iterator[Step]:
@@ -135,6 +138,16 @@ class Generation:
             return ()
         return tuple(self._request_routing(request) for request in range(len(self._prompts)))
 
+    @property
+    def counts(self) -> Int32[np.ndarray, "steps layers counts"] | None:
+        """What was counted of the experts, step by step; None where all are on the device.
+
+        The steps are those behind the tokens read so far; the first token is the prompt's.
+        """
+        if self._read_counts is None:
+            return None
+        return self._read_counts(len(self.timing.step_s))
+
     def _run(self, prefill: Prefill, decode: Decode, num_ahead: int) -> Iterator[Step]:
         last_s = time.perf_counter()
         cache, place, self._logits, routed = prefill()
@@ -149,7 +162,8 @@ class Generation:
             step = self._take(np.asarray(token_ids), routed)
             now_s = time.perf_counter()
             if math.isnan(self.timing.ttft_s):
-                self._check_logits()
+                if self._logits is not None:
+                    check_logits(np.asarray(self._logits))
                 self.timing.ttft_s = now_s - last_s
             else:
                 self.timing.step_s.append(now_s - last_s)
@@ -157,15 +171,6 @@ class Generation:
             yield step
             if all(self.finish_reasons):
                 return
-
-    def _check_logits(self) -> None:
-        """Overflowing weights would else choose token 0 for ever."""
-        logits = self.prompt_logits
-        if logits is not None and not np.isfinite(logits).all():
-            raise BackendError(
-                "the logits behind the prompt are not finite",
-                "The weights overflow their type: load them with --dtype float32 or bfloat16.",
-            )
 
     def _take(self, token_ids: np.ndarray, routed: Routed | None) -> Step:
         is_live = np.array([reason is None for reason in self.finish_reasons])
@@ -181,20 +186,40 @@ class Generation:
         return Step(token_ids, is_live)
 
     def _request_routing(self, request: int) -> RequestRouting:
-        prompt, text = self._prompts[request], self.token_ids[request]
-        new = np.array(text[:-1], np.int32)
+        own = [jax.tree.map(lambda array: array[request], routed) for routed in self._routed]
+        return join_routing(self._prompts[request], self.token_ids[request], own)
 
-        def gather(arrays: Sequence[Any]) -> np.ndarray:
-            read, *steps = arrays[: 1 + new.size]
-            return np.concatenate([read[request, : prompt.size], *(s[request] for s in steps)])
 
-        has_lookahead = self._routed[0].lookahead is not None
-        return RequestRouting(
-            token_ids=np.concatenate([prompt, new]),
-            phase=np.repeat(np.array([0, 1], np.uint8), [prompt.size, new.size]),
-            experts=gather([step.experts for step in self._routed]),
-            routing_weights=gather([step.routing_weights for step in self._routed]),
-            lookahead=gather([s.lookahead for s in self._routed]) if has_lookahead else None,
+def join_routing(
+    prompt: Int32[np.ndarray, " tokens"], text: Sequence[int], routed: Sequence[Routed]
+) -> RequestRouting:
+    """The routing of one request from that of its prompt, with padding, and of its steps."""
+    new = np.array(text[:-1], np.int32)
+
+    def gather(arrays: Sequence[Any]) -> np.ndarray:
+        read, *steps = arrays[: 1 + new.size]
+        return np.concatenate([read[: prompt.size], *steps])
+
+    has_lookahead = routed[0].lookahead is not None
+    return RequestRouting(
+        token_ids=np.concatenate([prompt, new]),
+        phase=np.repeat(np.array([0, 1], np.uint8), [prompt.size, new.size]),
+        experts=gather([step.experts for step in routed]),
+        routing_weights=gather([step.routing_weights for step in routed]),
+        lookahead=gather([step.lookahead for step in routed]) if has_lookahead else None,
+    )
+
+
+def check_logits(logits: Float32[np.ndarray, "batch vocab"]) -> None:
+    """Refuses to go on with weights that overflow; they would choose token 0 for ever.
+
+    Raises:
+      BackendError: A score is not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise BackendError(
+            "the logits behind the prompt are not finite",
+            "The weights overflow their type: load them with --dtype float32 or bfloat16.",
         )
 
 

@@ -9,10 +9,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt
 
-from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, Routing
+from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, Routing
 from moejax.trace import expert_dtype
 
 from ._sampling import Draw, next_tokens
+
+PREFILL_OPTIONS: dict[str, str | bool] = {"xla_allow_excess_precision": False}
+"""How XLA compiles programs that read prompts: numbers are rounded to their types everywhere.
+
+Where it may leave out a rounding between two operations, bfloat16 results depend on how a prompt's
+work is cut into programs.
+"""
 
 _MIN_BUCKET = 16
 _LENGTHS_PER_OCTAVE = 8
@@ -44,12 +51,12 @@ class Place(NamedTuple):
     Attributes:
       token_ids: Newest token of each request, not read yet.
       positions: Where it belongs.
-      step: Its number among the new tokens, from 0.
+      step: Its number among the new tokens of its request, from 0.
     """
 
     token_ids: Int32[Array, " batch"]
     positions: Int32[Array, " batch"]
-    step: Int32[Array, ""]
+    step: Int32[Array, " batch"]
 
 
 class Routed(NamedTuple):
@@ -84,17 +91,49 @@ def prefill(
     Returns:
       The cache, where the requests stand, the logits behind each prompt, and the routing.
     """
-    batch, tokens = token_ids.shape
-    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
     hidden, cache, routings = model.hidden_states(
-        token_ids, positions, experts=experts, lookahead=settings.lookahead
+        token_ids,
+        prompt_positions(*token_ids.shape),
+        experts=experts,
+        lookahead=settings.lookahead,
     )
+    return finish_prefill(model, settings, hidden, cache, routings, num_tokens, draw)
+
+
+def prompt_positions(batch: int, tokens: int) -> Int32[Array, "batch tokens"]:
+    """Places of prompts that all begin at 0."""
+    return jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+
+
+def finish_prefill(
+    model: QwenMoe,
+    settings: ProgramSettings,
+    hidden: Float[Array, "batch tokens hidden"],
+    cache: KVCache,
+    routings: tuple[Routing, ...],
+    num_tokens: Int32[Array, " batch"],
+    draw: Draw | None,
+) -> tuple[KVCache, Place, Float[Array, "batch vocab"], Routed | None]:
+    """What follows the last layer in `prefill`.
+
+    Args:
+      model: The model.
+      settings: What the program is compiled for.
+      hidden: Normed hidden states of the prompts.
+      cache: Their keys and values, without room for more.
+      routings: Their routing in every layer that has experts.
+      num_tokens: Length of each prompt.
+      draw: How to draw the tokens; None takes the best.
+
+    Returns:
+      What `prefill` returns.
+    """
     last = jnp.take_along_axis(hidden, (num_tokens - 1)[:, None, None], axis=1)[:, 0]
     logits = model.logits(last)
-    step = jnp.zeros((), jnp.int32)
+    step = jnp.zeros(settings.batch_size, jnp.int32)
     place = Place(next_tokens(logits, step, draw), num_tokens, step)
     cache = _with_room(cache, settings.num_positions)
-    return cache, place, logits, _routed(model, settings, routings)
+    return cache, place, logits, routed_of(model.config, settings, routings)
 
 
 def decode(
@@ -127,7 +166,7 @@ def decode(
     )
     step = place.step + 1
     token_ids = next_tokens(model.logits(hidden[:, 0]), step, draw)
-    return cache, Place(token_ids, place.positions + 1, step), _routed(model, settings, routings)
+    return cache, Place(token_ids, place.positions + 1, step), routed_of(model.config, settings, routings)
 
 
 def prompt_bucket(num_tokens: int) -> int:
@@ -154,13 +193,14 @@ def _with_room(cache: KVCache, num_positions: int) -> KVCache:
     return KVCache(tuple(map(lengthen, cache.keys)), tuple(map(lengthen, cache.values)))
 
 
-def _routed(
-    model: QwenMoe, settings: ProgramSettings, routings: tuple[Routing, ...]
+def routed_of(
+    config: QwenMoeConfig, settings: ProgramSettings, routings: tuple[Routing, ...]
 ) -> Routed | None:
+    """The routing of all layers as it is recorded; None where it is not."""
     if not settings.is_recording:
         return None
     lead = (settings.batch_size, settings.num_tokens, len(routings))
-    dtype = expert_dtype(model.config.num_experts)
+    dtype = expert_dtype(config.num_experts)
 
     def stack(arrays: list[Array]) -> Array:
         stacked = jnp.stack(arrays, axis=1)

@@ -70,21 +70,37 @@ class Draw(NamedTuple):
     top_p: Float[Array, ""]
 
 
+def make_draw(sampling: Sampling, seed: int, first_request: int, batch_size: int) -> Draw:
+    """How requests that are numbered one after another draw."""
+    return Draw(
+        seed=jnp.uint32(seed),
+        requests=jnp.arange(first_request, first_request + batch_size, dtype=jnp.int32),
+        temperature=jnp.float32(sampling.temperature),
+        top_p=jnp.float32(sampling.top_p),
+    )
+
+
+def abstract_draw(batch_size: int) -> Draw:
+    """Shapes and types of a `Draw`."""
+    return jax.eval_shape(lambda: make_draw(GREEDY, 0, 0, batch_size))
+
+
 def next_tokens(
-    logits: Float[Array, "batch vocab"], step: Int[Array, ""], draw: Draw | None
+    logits: Float[Array, "batch vocab"], step: Int[Array, " *batch"], draw: Draw | None
 ) -> Int32[Array, " batch"]:
     """The next token of every request; ties go to the lower number.
 
     Args:
       logits: Scores of the vocabulary.
-      step: Number of the token within its text, from 0; every step draws anew.
+      step: Number of the token within its text, from 0, for each request or for all; every step
+        draws anew.
       draw: How to draw; None takes the best.
     """
     if draw is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     key = jax.random.key(draw.seed)
 
-    def one_request(logits, request):
+    def one_request(logits, request, step):
         own_key = jax.random.fold_in(jax.random.fold_in(key, request), step)
         order = jnp.argsort(logits, descending=True, stable=True)
         scores = (logits[order] - jnp.max(logits)) / draw.temperature
@@ -93,4 +109,5 @@ def next_tokens(
         scores = jnp.where(mass_before < draw.top_p, scores, -jnp.inf)
         return order[jax.random.categorical(own_key, scores)]
 
-    return jax.vmap(one_request)(logits, draw.requests).astype(jnp.int32)
+    steps = jnp.broadcast_to(step, draw.requests.shape)
+    return jax.vmap(one_request)(logits, draw.requests, steps).astype(jnp.int32)

@@ -281,9 +281,33 @@ class QwenMoe(nnx.Module):
             x, routing = layer.feed_forward(x, implementation=experts)
             if routing is not None:
                 if lookahead is not None:
-                    routing = routing._replace(lookahead=self._foresee(stream, number, lookahead))
+                    routing = routing._replace(lookahead=self.foresee(stream, number, lookahead))
                 routings.append(routing)
         return self.norm(x), KVCache(tuple(keys), tuple(values)), tuple(routings)
+
+    def foresee(
+        self, stream: Float[Array, "batch tokens hidden"], number: int, lookahead: Lookahead
+    ) -> Int32[Array, "tokens depth width"]:
+        """The experts that the next layers' gates would choose for what enters this layer's.
+
+        Args:
+          stream: The residual stream that enters the experts of layer `number`.
+          number: That layer, counted among all.
+          lookahead: How far and how wide to ask.
+
+        Returns:
+          Experts, best first; -1 where there is no such layer.
+        """
+        following = [layer for layer in self.config.moe_layers if layer > number]
+        num_tokens = stream.shape[0] * stream.shape[1]
+        absent = jnp.full((num_tokens, lookahead.width), -1, jnp.int32)
+        rows = [
+            self.layers[following[step]].foresee(stream, lookahead.width)
+            if step < len(following)
+            else absent
+            for step in range(lookahead.depth)
+        ]
+        return jnp.stack(rows, axis=1)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Scores of the next token, in float32."""
@@ -310,20 +334,6 @@ class QwenMoe(nnx.Module):
             lookahead=lookahead,
         )
         return self.logits(hidden), cache, routings
-
-    def _foresee(
-        self, stream: Array, number: int, lookahead: Lookahead
-    ) -> Int32[Array, "tokens depth width"]:
-        following = [layer for layer in self.config.moe_layers if layer > number]
-        num_tokens = stream.shape[0] * stream.shape[1]
-        absent = jnp.full((num_tokens, lookahead.width), -1, jnp.int32)
-        rows = [
-            self.layers[following[step]].foresee(stream, lookahead.width)
-            if step < len(following)
-            else absent
-            for step in range(lookahead.depth)
-        ]
-        return jnp.stack(rows, axis=1)
 
 
 def abstract(config: QwenMoeConfig, dtype: DTypeLike) -> QwenMoe:

@@ -8,9 +8,10 @@ same two tensors as the model here does:
     fused  model.layers.0.mlp.experts.{gate_up,down}_proj
 """
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from moejax.tensors import TensorShape
 from ._checkpoint import CONFIG_FILE, Checkpoint, list_faults, open_checkpoint, read_tensor
 from ._checkpoint_write import write_checkpoint
 from ._config import DTYPES, QwenMoeConfig, read_config, write_config
-from .modeling import QwenMoe, abstract
+from .modeling import QwenMoe, RoutedExperts, abstract
 
 LAYOUTS = ("hub", "fused")
 """How routed experts may lie in a checkpoint."""
@@ -104,10 +105,21 @@ def check(path: str | Path | Checkpoint) -> Checkpoint:
     return checkpoint
 
 
+def chosen_dtype(
+    checkpoint: Checkpoint, config: QwenMoeConfig, dtype: DTypeLike | None
+) -> np.dtype:
+    """The type that `load` gives weights if it is asked for `dtype`, which may be None."""
+    if dtype is not None:
+        return np.dtype(jnp.dtype(_checked_dtype(dtype)))
+    stored = {info.dtype for key, info in checkpoint.tensors.items() if not _IGNORED.fullmatch(key)}
+    return stored.pop() if len(stored) == 1 else np.dtype(jnp.dtype(config.dtype))
+
+
 def load(
     path: str | Path | Checkpoint,
     *,
     dtype: DTypeLike | None = None,
+    routed_experts: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> QwenMoe:
     """Loads a model from a checkpoint folder, holding nothing in memory twice.
@@ -121,6 +133,8 @@ def load(
       path: A folder or a name, see `find_checkpoint`, or an opened checkpoint.
       dtype: bfloat16, float16 or float32; None keeps the type the weights are stored in, or
         where they are of several, the type that `config.json` states.
+      routed_experts: Whether the routed experts are read; else they are arrays of no experts,
+        for `read_layer_experts` to be asked for the real ones.
       on_progress: Told the bytes read and the bytes to read after every tensor.
 
     Returns:
@@ -132,18 +146,25 @@ def load(
         shapes that its configuration gives, or holds numbers that are not finite.
     """
     checkpoint, config, layout = _open(path)
-    model = abstract(config, _choose_dtype(checkpoint, config, dtype))
+    model = abstract(config, chosen_dtype(checkpoint, config, dtype))
     pieces = weight_map(model, layout)
     _check_tensors(checkpoint, pieces, config)
-    report = _Progress(checkpoint, pieces, on_progress)
-    keys_of: dict[ParameterPath, list[str]] = {}
-    for key, piece in pieces.items():
-        keys_of.setdefault(piece.parameter, []).append(key)
     graph, state = nnx.split(model)
+    variables = nnx.to_flat_state(state)
+    is_empty = {
+        path: not routed_experts and isinstance(variable, RoutedExperts)
+        for path, variable in variables
+    }
+    keys_of: dict[ParameterPath, list[str]] = {path: [] for path in is_empty}
+    for key, piece in pieces.items():
+        if not is_empty[piece.parameter]:
+            keys_of[piece.parameter].append(key)
+    report = _Progress(checkpoint, itertools.chain(*keys_of.values()), on_progress)
     filled = []
-    for parameter, variable in nnx.to_flat_state(state):
+    for parameter, variable in variables:
         wanted = variable.get_value()
-        array = _aligned(wanted.shape, np.dtype(wanted.dtype))
+        shape = (0, *wanted.shape[1:]) if is_empty[parameter] else wanted.shape
+        array = _aligned(shape, np.dtype(wanted.dtype))
         for key in keys_of[parameter]:
             read_tensor(key, checkpoint.tensors[key], array[pieces[key].index])
             report(key)
@@ -155,12 +176,14 @@ def load(
 
 
 def read_layer_experts(
-    checkpoint: Checkpoint, config: QwenMoeConfig, layer: int
+    checkpoint: Checkpoint, config: QwenMoeConfig, layer: int, dtype: DTypeLike | None = None
 ) -> tuple[Shaped[np.ndarray, "experts 2*ffn hidden"], Shaped[np.ndarray, "experts hidden ffn"]]:
-    """Reads the routed experts of one layer into host memory, in the type they are stored in.
+    """Reads the routed experts of one layer into host memory.
+
+    They come in `dtype`, or where that is None in the type they are stored in.
 
     Raises:
-      UsageError: The layer has no routed experts.
+      UsageError: The layer has no routed experts, or a weight does not fit the type.
       BadFileError: A tensor is missing, has another shape or holds numbers that are not finite.
     """
     if layer not in config.moe_layers:
@@ -177,8 +200,8 @@ def read_layer_experts(
     ):
         pieces = dict(_pieces(("layers", layer, "mlp", "experts", name), shape, layout))
         _refuse(checkpoint, _missing_or_misshapen(checkpoint, pieces))
-        dtype = np.result_type(*{checkpoint.tensors[key].dtype for key in pieces})
-        array = _aligned(shape, dtype)
+        stored = np.result_type(*{checkpoint.tensors[key].dtype for key in pieces})
+        array = _aligned(shape, stored if dtype is None else np.dtype(jnp.dtype(dtype)))
         for key, piece in pieces.items():
             read_tensor(key, checkpoint.tensors[key], array[piece.index])
         arrays.append(array)
@@ -233,10 +256,10 @@ class _Progress:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        pieces: Mapping[str, Piece],
+        keys: Iterable[str],
         tell: Callable[[int, int], None] | None,
     ):
-        self.sizes = {key: checkpoint.tensors[key].num_bytes for key in pieces}
+        self.sizes = {key: checkpoint.tensors[key].num_bytes for key in keys}
         self.total_bytes = sum(self.sizes.values())
         self.done_bytes = 0
         self.tell = tell
@@ -308,15 +331,6 @@ def _check_counts(checkpoint: Checkpoint, config: QwenMoeConfig, layout: str) ->
             f"layers and {config.num_experts} experts of its {CONFIG_FILE}",
             _HINT,
         )
-
-
-def _choose_dtype(
-    checkpoint: Checkpoint, config: QwenMoeConfig, dtype: DTypeLike | None
-) -> np.dtype:
-    if dtype is not None:
-        return np.dtype(jnp.dtype(_checked_dtype(dtype)))
-    stored = {info.dtype for key, info in checkpoint.tensors.items() if not _IGNORED.fullmatch(key)}
-    return stored.pop() if len(stored) == 1 else np.dtype(jnp.dtype(config.dtype))
 
 
 def _checked_dtype(dtype: DTypeLike) -> str:

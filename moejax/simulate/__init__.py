@@ -5,6 +5,7 @@ from moejax.simulate._hit_curve import HitCurve as HitCurve
 from moejax.simulate._hit_curve import hit_curve as hit_curve
 from moejax.simulate._hit_curve import lru_hit_curve as lru_hit_curve
 from moejax.simulate._pool import pool as pool
+from moejax.simulate._prefetch import PrefetchSchedule as PrefetchSchedule
 from moejax.simulate._ranks import Counts as Counts
 from moejax.simulate._ranks import Marks as Marks
 from moejax.simulate._ranks import ranks as ranks

@@ -56,7 +56,7 @@ def _ranked(
     lookahead: Shaped[np.ndarray, "steps layers ahead places width"], num_experts: int
 ) -> UInt8[np.ndarray, "steps layers depth experts"]:
     """The highest rank any place gives each expert, in 255ths."""
-    depth = min(MAX_DEPTH, lookahead.shape[1] - 1)
+    depth = lookahead.shape[1] - 1
     named = np.minimum(lookahead[:, :, :depth], num_experts).astype(np.intp)
     *lanes, places, width = named.shape
     said = np.zeros((*lanes, num_experts + 1), np.uint8)
@@ -69,11 +69,11 @@ def _ranked(
 
 
 def cache_shape(
-    demand: Shaped[np.ndarray | Array, "steps layers experts"], topk: int
+    demand: Shaped[np.ndarray | Array, "steps layers experts"], topk: int, depth: int = MAX_DEPTH
 ) -> CacheShape:
-    """The static sizes of a replay, with prefetch at most `MAX_DEPTH` layers ahead."""
+    """The static sizes of a replay, with prefetch at most `depth` layers ahead."""
     _, num_layers, num_experts = demand.shape
-    return CacheShape(num_layers, num_experts, topk, min(MAX_DEPTH, num_layers - 1))
+    return CacheShape(num_layers, num_experts, topk, min(depth, num_layers - 1))
 
 
 class Moment(NamedTuple):
@@ -168,4 +168,5 @@ def _future(moment: Moment, rows, layer, shape: CacheShape) -> Future:
 def _said(moment: Moment, layer, shape: CacheShape) -> Float[Array, "depth experts"]:
     if moment.lookahead is None:
         return jnp.zeros((shape.depth, shape.num_experts), jnp.float32)
-    return moment.lookahead[layer, : shape.depth].astype(jnp.float32) / 255
+    said = moment.lookahead[layer, : shape.depth].astype(jnp.float32) / 255
+    return jnp.pad(said, ((0, shape.depth - len(said)), (0, 0)))

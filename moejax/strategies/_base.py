@@ -7,10 +7,15 @@ resident, demanded and prefetched experts by `Decision.keep_score`, ties to the 
 An *event* is one MoE layer of one decode step. `step` sees one layer of state and one event;
 `init` builds the state of all layers, stacked along a leading axis, so that a caller may map it
 over layers (ranks) or walk through them (timeline, engine).
+
+The engine traces `step` inside a GPU kernel of one program, where experts are padded to a power
+of two by ones that are never demanded. So a step is elementwise work, reductions and prefix sums:
+it joins, slices and indexes nothing, holds no array of its own, and what depends on how many
+experts there are is a number in its state.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxtyping import Array, Bool, Float, Int, Real
 
@@ -84,14 +89,17 @@ class Decision(NamedTuple):
     Attributes:
       keep_score: Higher is kept; only the order matters. Any real dtype.
       admit: Experts that may be kept at all; None admits every one.
-      prefetch_probability: Chance that the coming event of each of the next `depth` layers
-        demands each expert; None prefetches nothing. The simulator admits a prefetch when the
-        stall it is expected to save exceeds the link time it is expected to cost.
+      prefetch_probability: Chance that the coming event of each of the next layers demands each
+        expert, `min(depth, reach)` rows; None prefetches nothing. The simulator admits a prefetch
+        when the stall it is expected to save exceeds the link time it is expected to cost.
     """
 
     keep_score: Real[Array, " experts"]
     admit: Bool[Array, " experts"] | None = None
-    prefetch_probability: Float[Array, "depth experts"] | None = None
+    prefetch_probability: Float[Array, "ahead experts"] | None = None
+
+
+Step: TypeAlias = Callable[[Any, Access, PRNGKey | None], tuple[Any, Decision]]
 
 
 class Strategy(NamedTuple):
@@ -99,15 +107,25 @@ class Strategy(NamedTuple):
 
     Attributes:
       init: Builds the state of all layers; every leaf leads with `layers`.
-      step: Takes one layer's state and one event to the new state and a decision.
+      step: Takes one layer's state, one event and a key to the new state and a decision. The key
+        is None in a kernel.
       reads_cache: Whether scores depend on residency or capacity. Where they do not, one set of
         scores serves every capacity at once.
-      prefetches: Whether decisions carry `prefetch_probability`.
+      reads_future: Whether it reads `Access.future`.
+      reads_gates: Whether it reads `Access.lookahead`.
+      reach: How many layers ahead it predicts at most; 0 prefetches nothing.
       computes_on_host: Whether a miss may be computed on the host instead of copied.
     """
 
     init: Callable[[CacheShape], Any]
-    step: Callable[[Any, Access, PRNGKey], tuple[Any, Decision]]
+    step: Step
     reads_cache: bool = False
-    prefetches: bool = False
+    reads_future: bool = False
+    reads_gates: bool = False
+    reach: int = 0
     computes_on_host: bool = False
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether decisions carry `prefetch_probability`."""
+        return self.reach > 0

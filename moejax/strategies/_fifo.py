@@ -25,7 +25,7 @@ def fifo() -> Strategy:
     def init(shape: CacheShape) -> FifoState:
         return FifoState(jnp.full((shape.num_layers, shape.num_experts), -1, jnp.int32))
 
-    def step(state: FifoState, access: Access, key: PRNGKey) -> tuple[FifoState, Decision]:
+    def step(state: FifoState, access: Access, key: PRNGKey | None) -> tuple[FifoState, Decision]:
         arrives = (access.demand > 0) & ~access.resident
         arrival = jnp.where(arrives, access.event, state.arrival)
         return FifoState(arrival), Decision(arrival)

@@ -21,7 +21,7 @@ _LONGEST_HORIZON = 64
 _HORIZON_RATIOS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
-def learn_profile(trace: Trace, *, depth: int = 3) -> Profile:
+def learn_profile(trace: Trace, *, depth: int = 4) -> Profile:
     """Counts popularity and transitions and fits the weights of learned retention.
 
     Args:
@@ -97,7 +97,7 @@ def _feature_rows(
             number, row = item
             events = number * shape.num_layers + jnp.arange(shape.num_layers)
             state = jax.vmap(observe)(state, row, events)
-            return state, jax.vmap(features)(state, events)
+            return state, jnp.stack(jax.vmap(features)(state, events), axis=1)
 
         return jax.lax.scan(step, start, (jnp.arange(len(rows)), rows))[1]
 

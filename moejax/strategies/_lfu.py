@@ -28,7 +28,7 @@ def lfu() -> Strategy:
     def init(shape: CacheShape) -> LfuState:
         return LfuState(jnp.zeros((shape.num_layers, shape.num_experts), jnp.int32))
 
-    def step(state: LfuState, access: Access, key: PRNGKey) -> tuple[LfuState, Decision]:
+    def step(state: LfuState, access: Access, key: PRNGKey | None) -> tuple[LfuState, Decision]:
         num_uses = state.num_uses + (access.demand > 0)
         return LfuState(num_uses), Decision(num_uses)
 

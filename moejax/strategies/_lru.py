@@ -28,7 +28,7 @@ def lru() -> Strategy:
     def init(shape: CacheShape) -> LruState:
         return LruState(jnp.full((shape.num_layers, shape.num_experts), -1, jnp.int32))
 
-    def step(state: LruState, access: Access, key: PRNGKey) -> tuple[LruState, Decision]:
+    def step(state: LruState, access: Access, key: PRNGKey | None) -> tuple[LruState, Decision]:
         last_use = jnp.where(access.demand > 0, access.event, state.last_use)
         return LruState(last_use), Decision(last_use)
 

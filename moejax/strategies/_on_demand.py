@@ -25,7 +25,9 @@ def on_demand() -> Strategy:
     def init(shape: CacheShape) -> OnDemandState:
         return OnDemandState(jnp.zeros((shape.num_layers, shape.num_experts), bool))
 
-    def step(state: OnDemandState, access: Access, key: PRNGKey) -> tuple[OnDemandState, Decision]:
+    def step(
+        state: OnDemandState, access: Access, key: PRNGKey | None
+    ) -> tuple[OnDemandState, Decision]:
         return state, Decision(jnp.zeros_like(access.demand), admit=state.admit)
 
     return Strategy(init, step)

@@ -7,7 +7,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax._types import PRNGKey
 from moejax.strategies._base import Access, CacheShape, Decision, Strategy
-from moejax.strategies._select import keep_best
+from moejax.strategies._select import first_rows, keep_best
+
+# Farther than a copy takes anywhere; it need not be sure of what it knows.
+_REACH = 8
 
 
 class OracleState(NamedTuple):
@@ -33,21 +36,25 @@ def oracle() -> Strategy:
     def init(shape: CacheShape) -> OracleState:
         return OracleState(jnp.zeros(shape.num_layers, jnp.int32))
 
-    def step(state: OracleState, access: Access, key: PRNGKey) -> tuple[OracleState, Decision]:
+    def step(
+        state: OracleState, access: Access, key: PRNGKey | None
+    ) -> tuple[OracleState, Decision]:
         return state, Decision(
             keep_score=-access.future.next_use, prefetch_probability=_free_of_charge(access)
         )
 
-    return Strategy(init, step, prefetches=True)
+    return Strategy(init, step, reads_future=True, reach=_REACH)
 
 
-def _free_of_charge(access: Access) -> Float[Array, "depth experts"]:
+def _free_of_charge(access: Access) -> Float[Array, "ahead experts"]:
     """1 for each coming demand that may be prefetched without evicting what must stay."""
-    demanded = access.future.demand_ahead > 0
-    resident = access.resident_ahead
-    kept = keep_best(-access.future.next_use_ahead, demanded | resident, access.capacity_ahead)
+    demanded = first_rows(access.future.demand_ahead, _REACH) > 0
+    resident = first_rows(access.resident_ahead, _REACH)
+    capacity = first_rows(access.capacity_ahead, _REACH)
+    next_use = first_rows(access.future.next_use_ahead, _REACH)
+    kept = keep_best(-next_use, demanded | resident, capacity)
     must_stay = resident & (kept | demanded)
-    num_open = access.capacity_ahead - must_stay.sum(-1)
-    wanted: Bool[Array, "depth experts"] = demanded & ~resident
+    num_open = capacity - must_stay.sum(-1)
+    wanted: Bool[Array, "ahead experts"] = demanded & ~resident
     first = jnp.cumsum(wanted, axis=-1) <= num_open[:, None]
     return (wanted & first | demanded & resident).astype(jnp.float32)

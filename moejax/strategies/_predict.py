@@ -1,8 +1,8 @@
 """Predictors: which experts will the coming layers demand?
 
 A predictor is a pair like a strategy: `init(shape)` stacks the state of all layers, `step` takes
-one layer's state and an event to the probability that each of the next `depth` layers' events
-demands each expert.
+one layer's state and an event to the probability that each of the coming layers' events demands
+each expert. Like a strategy's, a step also runs inside a kernel.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.strategies._base import Access, CacheShape
 from moejax.strategies._profile import Profile
+from moejax.strategies._select import first_rows
 
 _MEMORY_RATIO = 0.97
 # A calibration starts sceptical, at one in two, and forgets that within its memory.
@@ -23,23 +24,37 @@ _SMOOTHING_USES = 4.0
 
 
 class Predictor(NamedTuple):
-    """A pair of pure functions; see the module."""
+    """A pair of pure functions; see the module.
+
+    Attributes:
+      init: Builds the state of all layers; every leaf leads with `layers`.
+      step: Takes one layer's state and one event to the new state and probabilities of
+        `min(depth, reach)` layers.
+      reach: How many layers ahead it predicts at most.
+      reads_gates: Whether it reads `Access.lookahead`.
+    """
 
     init: Callable[[CacheShape], Any]
-    step: Callable[[Any, Access], tuple[Any, Float[Array, "depth experts"]]]
+    step: Callable[[Any, Access], tuple[Any, Float[Array, "ahead experts"]]]
+    reach: int
+    reads_gates: bool = False
 
 
 class TransitionState(NamedTuple):
-    """Transition counts out of this layer, and its own demand one step ago."""
+    """Transition counts out of this layer, and its own demand one step ago.
 
-    num_pairs: Float[Array, "*layers depth experts experts"]
+    `topk` and `num_experts` are those of the model, without padding.
+    """
+
+    num_pairs: Float[Array, "*layers ahead experts experts"]
     num_uses: Float[Array, "*layers experts"]
     demand_before: Float[Array, "*layers experts"]
     topk: Float[Array, "*layers"]
+    num_experts: Float[Array, "*layers"]
 
 
 def transitions(
-    profile: Profile | None, *, online: bool, reach: int = 3, sharpness: float = 1.6
+    profile: Profile | None, *, online: bool, reach: int = 4, sharpness: float = 1.6
 ) -> Predictor:
     """Layer-to-layer transition counts: the experts of a layer name those of the layers below.
 
@@ -62,9 +77,13 @@ def transitions(
             num_uses = jnp.zeros((layers, experts), jnp.float32)
         else:
             num_pairs = jnp.asarray(profile.transition[:, :depth], jnp.float32)
+            # Of layers farther ahead than the profile counted, nothing is known.
+            beyond = depth - num_pairs.shape[1]
+            num_pairs = jnp.pad(num_pairs, ((0, 0), (0, beyond), (0, 0), (0, 0)))
             num_uses = jnp.asarray(profile.num_uses, jnp.float32)
         before = jnp.zeros((layers, experts), jnp.float32)
-        return TransitionState(num_pairs, num_uses, before, jnp.full(layers, float(shape.topk)))
+        topk, num_experts = (jnp.full(layers, float(n)) for n in (shape.topk, experts))
+        return TransitionState(num_pairs, num_uses, before, topk, num_experts)
 
     def step(state: TransitionState, access: Access):
         demand = access.demand.astype(jnp.float32)
@@ -72,21 +91,21 @@ def transitions(
         if online:
             # What followed this layer's last demand is known by now; what follows this one is not.
             came = (state.demand_before > 0).astype(jnp.float32)
-            followed = (access.below_before[: len(num_pairs)] > 0).astype(jnp.float32)
+            followed = first_rows(access.below_before, len(num_pairs))
+            followed = (followed > 0).astype(jnp.float32)
             num_pairs = num_pairs + came[None, :, None] * followed[:, None, :]
             num_uses = num_uses + came
         num_tokens = jnp.maximum(demand.sum() / state.topk, 1.0)
         vote = demand / (state.topk * num_tokens) / (num_uses + _SMOOTHING_USES)
-        chance = _SMOOTHING_USES * vote.sum() * state.topk / len(demand)
-        share = jnp.einsum("i,dij->dj", vote, num_pairs) + chance
+        chance = _SMOOTHING_USES * vote.sum() * state.topk / state.num_experts
+        share = (vote[None, :, None] * num_pairs).sum(1) + chance
         probability = _any_of(_sharpen(share, sharpness), num_tokens)
-        beyond = len(access.below_before) - len(num_pairs)
-        probability = jnp.pad(probability, ((0, beyond), (0, 0)))
+        exists = jnp.arange(len(demand)) < state.num_experts
         return state._replace(
             num_pairs=num_pairs, num_uses=num_uses, demand_before=demand
-        ), probability
+        ), jnp.where(exists[None, :], probability, 0.0)
 
-    return Predictor(init, step)
+    return Predictor(init, step, reach)
 
 
 class GateState(NamedTuple):
@@ -95,11 +114,14 @@ class GateState(NamedTuple):
     nothing: Int[Array, "*layers"]
 
 
-def gate() -> Predictor:
+def gate(*, reach: int = 4) -> Predictor:
     """The next layers' own gates, applied early to this layer's hidden state.
 
     Reads `access.lookahead`, in which 1 stands for the most probable expert and lower numbers
     for the ranks below it, and takes these for probabilities: wrap it with `calibrated`.
+
+    Args:
+      reach: How many layers ahead to ask at most.
 
     Reference:
       Eliseev, Mazur, "Fast inference of mixture-of-experts language models with offloading",
@@ -110,9 +132,9 @@ def gate() -> Predictor:
         return GateState(jnp.zeros(shape.num_layers, jnp.int32))
 
     def step(state: GateState, access: Access):
-        return state, access.lookahead
+        return state, first_rows(access.lookahead, reach)
 
-    return Predictor(init, step)
+    return Predictor(init, step, reach, reads_gates=True)
 
 
 class CalibrationState(NamedTuple):
@@ -126,9 +148,9 @@ class CalibrationState(NamedTuple):
     """
 
     inner: Any
-    said: Float[Array, "*layers depth experts"]
-    num_expected: Float[Array, "*layers depth"]
-    num_observed: Float[Array, "*layers depth"]
+    said: Float[Array, "*layers ahead experts"]
+    num_expected: Float[Array, "*layers ahead"]
+    num_observed: Float[Array, "*layers ahead"]
 
 
 def calibrated(predictor: Predictor) -> Predictor:
@@ -141,15 +163,15 @@ def calibrated(predictor: Predictor) -> Predictor:
     """
 
     def init(shape: CacheShape) -> CalibrationState:
-        lanes = (shape.num_layers, shape.depth)
+        lanes = (shape.num_layers, min(predictor.reach, shape.depth))
         said = jnp.zeros((*lanes, shape.num_experts), jnp.float32)
         expected = jnp.full(lanes, _PRIOR_EXPECTED, jnp.float32)
         observed = jnp.full(lanes, _PRIOR_OBSERVED, jnp.float32)
         return CalibrationState(predictor.init(shape), said, expected, observed)
 
     def step(state: CalibrationState, access: Access):
-        came_true = (access.below_before > 0).astype(jnp.float32)
         said = state.said
+        came_true = (first_rows(access.below_before, len(said)) > 0).astype(jnp.float32)
         num_expected = _MEMORY_RATIO * state.num_expected + (said * said).sum(-1)
         num_observed = _MEMORY_RATIO * state.num_observed + (said * came_true).sum(-1)
         inner, probability = predictor.step(state.inner, access)
@@ -157,7 +179,7 @@ def calibrated(predictor: Predictor) -> Predictor:
         state = CalibrationState(inner, probability, num_expected, num_observed)
         return state, probability * scale[:, None]
 
-    return Predictor(init, step)
+    return predictor._replace(init=init, step=step)
 
 
 def _sharpen(probability: Float[Array, "*lanes"], sharpness: float) -> Float[Array, "*lanes"]:

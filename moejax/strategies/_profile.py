@@ -32,7 +32,7 @@ class Profile(NamedTuple):
     reuse_weights: Any = None
 
 
-def count_profile(trace: Trace, *, depth: int = 3, max_tokens: int = 20_000) -> Profile:
+def count_profile(trace: Trace, *, depth: int = 4, max_tokens: int = 20_000) -> Profile:
     """Counts popularity, layer-to-layer and token-to-token transitions.
 
     Args:

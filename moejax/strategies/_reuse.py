@@ -3,9 +3,9 @@
 A linear score of a few features, the same code when it learns on a profile and when it runs.
 """
 
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -15,7 +15,7 @@ from moejax.strategies._base import Access, CacheShape, Decision, Strategy
 from moejax.strategies._profile import Profile
 
 FEATURES = ("recency", "burst", "habit", "trend", "popularity", "succession")
-_MEMORY_RATIOS = (0.7, 0.95, 0.99)
+_MEMORY_RATIOS = tuple(np.float32(ratio) for ratio in (0.7, 0.95, 0.99))
 
 # Recency alone decides, so that an unlearned score is LRU.
 LRU_WEIGHTS = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -47,7 +47,7 @@ class ReuseState(NamedTuple):
     """
 
     last_use: Int[Array, "*layers experts"]
-    rates: Float[Array, "*layers 3 experts"]
+    rates: tuple[Float[Array, "*layers experts"], ...]
     num_uses: Float[Array, "*layers experts"]
     num_steps: Float[Array, "*layers"]
     num_pairs: Float[Array, "*layers experts experts"]
@@ -66,7 +66,8 @@ def reuse(
     Args:
       profile: Where popularity and transition counts start; None starts from nothing.
       weights: Weight of each of `FEATURES`, or weights by horizon. Of those, the horizon is taken
-        that an expert has in a cache of this capacity: about capacity / topk steps.
+        that an expert has in a cache of this capacity: about capacity / topk steps. Weights that
+        are a jax array may be traced, but do not run in a kernel.
       online: Whether events of the trace under test go on being counted.
 
     Returns:
@@ -85,7 +86,7 @@ def reuse(
             num_steps = float(profile.num_tokens)
         return ReuseState(
             last_use=jnp.full((layers, experts), -1, jnp.int32),
-            rates=jnp.zeros((layers, len(_MEMORY_RATIOS), experts), jnp.float32),
+            rates=tuple(jnp.zeros((layers, experts), jnp.float32) for _ in _MEMORY_RATIOS),
             num_uses=num_uses,
             num_steps=jnp.full(layers, num_steps),
             num_pairs=num_pairs,
@@ -93,10 +94,14 @@ def reuse(
             topk=jnp.full(layers, float(shape.topk)),
         )
 
-    def step(state: ReuseState, access: Access, key: PRNGKey) -> tuple[ReuseState, Decision]:
+    def step(state: ReuseState, access: Access, key: PRNGKey | None) -> tuple[ReuseState, Decision]:
         state = observe(state, access.demand, access.event, online=online)
         mine = _weights_at(weights, access.capacity / state.topk)
-        return state, Decision(mine @ features(state, access.event))
+        rows = features(state, access.event)
+        score = mine[0] * rows[0]
+        for weight, row in zip(mine[1:], rows[1:], strict=True):
+            score = score + weight * row
+        return state, Decision(score)
 
     return Strategy(init, step, reads_cache=isinstance(weights, ReuseWeights))
 
@@ -111,11 +116,13 @@ def observe(
     """Takes one event of one layer into the features' state."""
     demanded = demand > 0
     used = demanded.astype(jnp.float32)
-    memory = jnp.asarray(_MEMORY_RATIOS, jnp.float32)[:, None]
     before = state.demand_before.astype(jnp.float32)
     state = state._replace(
         last_use=jnp.where(demanded, event, state.last_use),
-        rates=memory * state.rates + (1 - memory) * used[None, :],
+        rates=tuple(
+            memory * rate + (1 - memory) * used
+            for memory, rate in zip(_MEMORY_RATIOS, state.rates, strict=True)
+        ),
         demand_before=demanded,
     )
     if not online:
@@ -127,27 +134,32 @@ def observe(
     )
 
 
-def features(state: ReuseState, event: Int[Array, ""]) -> Float[Array, "features experts"]:
+def features(state: ReuseState, event: Int[Array, ""]) -> tuple[Float[Array, " experts"], ...]:
     """One row for each of `FEATURES`, each about one unit wide."""
     never = state.last_use < 0
     idle = jnp.where(never, 1e6, (event - state.last_use).astype(jnp.float32))
     popularity = (state.num_uses + 1.0) / (state.num_steps + 10.0)
-    share = state.demand_before / (state.num_uses + 1.0)
-    succession = share @ state.num_pairs
-    return jnp.concatenate(
-        [
-            -jnp.log1p(idle)[None, :],
-            jnp.log(state.rates + 0.02),
-            jnp.log(popularity)[None, :],
-            jnp.log(succession + 0.02)[None, :],
-        ]
+    share = state.demand_before.astype(jnp.float32) / (state.num_uses + 1.0)
+    succession = (share[:, None] * state.num_pairs).sum(0)
+    return (
+        -jnp.log1p(idle),
+        *(jnp.log(rate + 0.02) for rate in state.rates),
+        jnp.log(popularity),
+        jnp.log(succession + 0.02),
     )
 
 
-def _weights_at(weights, horizon_steps: Float[Array, ""]) -> Float[Array, " features"]:
+def _weights_at(weights, horizon_steps: Float[Array, ""]) -> list[Any]:
+    """The weight of each feature, linear in the logarithm of the horizon between known ones."""
     if not isinstance(weights, ReuseWeights):
-        return jnp.asarray(weights, jnp.float32)
-    known = jnp.log(jnp.asarray(weights.horizon_steps, jnp.float32))
+        return list(weights)
+    known = np.log(np.asarray(weights.horizon_steps, np.float64)).tolist()
     wanted = jnp.log(jnp.maximum(horizon_steps, 1e-3))
-    by_feature = jnp.asarray(weights.weights, jnp.float32).T
-    return jax.vmap(lambda column: jnp.interp(wanted, known, column))(by_feature)
+    # How far the horizon is from each known one to the next: 0 before and 1 beyond.
+    ramps = [jnp.clip((wanted - a) / (b - a), 0.0, 1.0) for a, b in itertools.pairwise(known)]
+    table = np.asarray(weights.weights, np.float64)
+    rises = np.diff(table, axis=0).tolist()
+    return [
+        first + sum(rise[feature] * ramp for rise, ramp in zip(rises, ramps, strict=True))
+        for feature, first in enumerate(table[0].tolist())
+    ]

@@ -1,7 +1,7 @@
-"""The one rule of retention: the best `capacity` candidates by score."""
+"""The one rule of retention, the best `capacity` candidates by score, and what else picks."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Real
+from jaxtyping import Array, Bool, Int, Real, Shaped
 
 
 def rank_by_score(score: Real[Array, "*lanes experts"]) -> Int[Array, "*lanes experts"]:
@@ -37,6 +37,11 @@ def worst(
     lowest = jnp.where(candidates, score, jnp.inf).min(-1, keepdims=True)
     index = jnp.arange(score.shape[-1])
     return jnp.where(candidates & (score == lowest), index, -1).max(-1)
+
+
+def first_rows(table: Shaped[Array, "rows ..."], num_rows: int) -> Shaped[Array, "some ..."]:
+    """At most the first `num_rows` rows; a table that has no more is not sliced."""
+    return table if len(table) <= num_rows else table[:num_rows]
 
 
 def _beaten_by(score: Real[Array, "*lanes experts"]) -> Bool[Array, "*lanes experts experts"]:

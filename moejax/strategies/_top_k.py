@@ -33,7 +33,7 @@ def top_k(profile: Profile, share_ratio: float = 0.5) -> Strategy:
         num_uses = jnp.asarray(profile.num_uses)
         return TopKState(num_uses, best_share(num_uses, share_ratio))
 
-    def step(state: TopKState, access: Access, key: PRNGKey) -> tuple[TopKState, Decision]:
+    def step(state: TopKState, access: Access, key: PRNGKey | None) -> tuple[TopKState, Decision]:
         return state, Decision(state.num_uses, admit=state.is_pin)
 
     return Strategy(init, step)

@@ -25,13 +25,20 @@ def with_prefetch(strategy: Strategy, predictor: Predictor) -> Strategy:
     def init(shape: CacheShape) -> PrefetchState:
         return PrefetchState(strategy.init(shape), predictor.init(shape))
 
-    def step(state: PrefetchState, access: Access, key: PRNGKey) -> tuple[PrefetchState, Decision]:
+    def step(
+        state: PrefetchState, access: Access, key: PRNGKey | None
+    ) -> tuple[PrefetchState, Decision]:
         inner, decision = strategy.step(state.inner, access, key)
         predicted, probability = predictor.step(state.predictor, access)
         state = PrefetchState(inner, predicted)
         return state, decision._replace(prefetch_probability=probability)
 
-    return strategy._replace(init=init, step=step, prefetches=True)
+    return strategy._replace(
+        init=init,
+        step=step,
+        reach=predictor.reach,
+        reads_gates=strategy.reads_gates or predictor.reads_gates,
+    )
 
 
 class PinnedState(NamedTuple):
@@ -55,7 +62,9 @@ def pinned(strategy: Strategy, profile: Profile, share_ratio: float) -> Strategy
         is_pin = best_share(jnp.asarray(profile.num_uses), share_ratio)
         return PinnedState(strategy.init(shape), is_pin)
 
-    def step(state: PinnedState, access: Access, key: PRNGKey) -> tuple[PinnedState, Decision]:
+    def step(
+        state: PinnedState, access: Access, key: PRNGKey | None
+    ) -> tuple[PinnedState, Decision]:
         inner, decision = strategy.step(state.inner, access, key)
         admit = decision.admit if decision.admit is None else decision.admit | state.is_pin
         decision = decision._replace(
@@ -73,7 +82,7 @@ def always_admit(strategy: Strategy) -> Strategy:
     `lru` and `oracle` count what libCacheSim's LRU and Belady count.
     """
 
-    def step(state: Any, access: Access, key: PRNGKey) -> tuple[Any, Decision]:
+    def step(state: Any, access: Access, key: PRNGKey | None) -> tuple[Any, Decision]:
         state, decision = strategy.step(state, access, key)
         score = _with_first(decision.keep_score, access.demand > 0)
         return state, decision._replace(keep_score=score, admit=None)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from moejax.qwen_moe import QwenMoe, QwenMoeConfig, Routing, abstract
 
@@ -30,9 +31,11 @@ CONFIG = QwenMoeConfig(
 ONE_LAYER = replace(CONFIG, num_hidden_layers=1, mlp_only_layers=())
 
 
-def random_model(config: QwenMoeConfig = CONFIG, seed: int = 2) -> QwenMoe:
+def random_model(
+    config: QwenMoeConfig = CONFIG, seed: int = 2, dtype: DTypeLike = jnp.float32
+) -> QwenMoe:
     """Norms and biases are random too; weights so wide that no choice is a close call."""
-    graph, shapes = nnx.split(abstract(config, jnp.float32))
+    graph, shapes = nnx.split(abstract(config, dtype))
     generator = np.random.default_rng(seed)
 
     def draw(path: tuple, param: jax.ShapeDtypeStruct) -> jax.Array:

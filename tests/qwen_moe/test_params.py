@@ -158,6 +158,46 @@ def test_one_layer_can_be_read_alone(tmp_path, layout):
         params.read_layer_experts(checkpoint, replace(CONFIG, num_experts=5), 2)
 
 
+def test_one_layer_can_be_read_in_another_type(tmp_path):
+    weights = save_tiny(tmp_path)
+    arrays = params.read_layer_experts(open_checkpoint(tmp_path), CONFIG, 0, "float32")
+    for name, array in zip(("gate_up_proj", "down_proj"), arrays, strict=True):
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, weights[("layers", 0, "mlp", "experts", name)])
+
+
+def test_a_model_is_loaded_without_its_routed_experts(monkeypatch, tmp_path):
+    weights = save_tiny(tmp_path)
+    read, seen = [], []
+
+    def note(name, *arguments, read_tensor=params.read_tensor):
+        read.append(name)
+        read_tensor(name, *arguments)
+
+    monkeypatch.setattr(params, "read_tensor", note)
+    loaded = params.load(
+        tmp_path, routed_experts=False, on_progress=lambda *told: seen.append(told)
+    )
+    shapes = {path: array.shape for path, array in weights_of(loaded).items() if "experts" in path}
+    assert shapes == {
+        ("layers", layer, "mlp", "experts", name): (0, *shape)
+        for layer in (0, 2)
+        for name, shape in (("gate_up_proj", (12, 16)), ("down_proj", (16, 6)))
+    }
+    rest = {path: array for path, array in weights.items() if "experts" not in path}
+    assert is_same({path: weights_of(loaded)[path] for path in rest}, rest)
+    assert not [name for name in read if ".experts." in name]
+    num_bytes = sum(array.nbytes for array in rest.values())
+    assert seen[-1] == (num_bytes, num_bytes)
+
+
+def test_experts_that_are_not_read_are_checked_all_the_same(tmp_path):
+    save_tiny(tmp_path)
+    edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.pop(EXPERT))
+    with pytest.raises(BadFileError, match=f"{EXPERT} is missing"):
+        params.load(tmp_path, routed_experts=False)
+
+
 def test_a_head_beside_tied_embeddings_must_be_the_embedding(tmp_path):
     params.save(make_model(replace(CONFIG, tie_word_embeddings=True)), tmp_path)
     path = tmp_path / "model.safetensors"

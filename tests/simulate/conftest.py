@@ -68,15 +68,15 @@ def run_timeline() -> Callable[..., Record]:
     """Runs the timeline over a stack of capacities, compiled once a strategy."""
 
     @functools.cache
-    def compiled(strategy, topk, fixed):
+    def compiled(strategy, topk, schedule):
         def one(lane, clock, slots):
             key = jax.random.key(0)
-            return timeline(strategy, lane, clock, slots, key, topk=topk, fixed_prefetches=fixed)
+            return timeline(strategy, lane, clock, slots, key, topk=topk, schedule=schedule)
 
         return jax.jit(jax.vmap(one, in_axes=(None, None, 0)))
 
-    def run(strategy, lane, clock, slots, *, topk, fixed=None) -> Record:
+    def run(strategy, lane, clock, slots, *, topk, schedule=None) -> Record:
         lane = jax.tree.map(jnp.asarray, lane)
-        return jax.device_get(compiled(strategy, topk, fixed)(lane, clock, jnp.asarray(slots)))
+        return jax.device_get(compiled(strategy, topk, schedule)(lane, clock, jnp.asarray(slots)))
 
     return run

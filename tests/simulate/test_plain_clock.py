@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moejax.simulate import Record, replay
-from moejax.simulate._timeline import MAX_PREFETCHES
+from moejax.simulate._prefetch import MAX_PREFETCHES
 from moejax.strategies import Predictor, lru, on_demand, with_prefetch
 
 NUM_LAYERS, NUM_EXPERTS, TOPK = 4, 12, 3
@@ -20,7 +20,7 @@ def given(table):
         event, num_layers = access.event, table.shape[1]
         return state, jnp.asarray(table)[event // num_layers, event % num_layers]
 
-    return Predictor(lambda shape: jnp.zeros(shape.num_layers), step)
+    return Predictor(lambda shape: jnp.zeros(shape.num_layers), step, reach=table.shape[2])
 
 
 def plain_timeline(demand, clock, slots, table=None):
@@ -109,6 +109,7 @@ def plain_timeline(demand, clock, slots, table=None):
                 num_late=len(late),
                 num_misses=len(misses),
                 num_on_host=0,
+                num_fetched_rows=0,
                 num_prefetches=issued,
                 num_useful=useful,
                 num_wasted=wasted,

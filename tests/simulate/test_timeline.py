@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.simulate import Record, by_target, ranks, replay, timeline
-from moejax.simulate._timeline import MAX_PREFETCHES
+from moejax.simulate._prefetch import MAX_PREFETCHES
 from moejax.strategies import STRATEGIES, host_compute, learn_profile, reuse
 from moejax.strategies._reuse import LRU_WEIGHTS
 from moejax.trace import Trace, batch_trace
@@ -173,7 +173,7 @@ def test_without_prefetch_counts_are_those_of_ranks_and_time_adds_up(
         state, decision = inner(state, access, key)
         return state, decision._replace(prefetch_probability=None)
 
-    strategy = strategy._replace(step=demand_only, prefetches=False)
+    strategy = strategy._replace(step=demand_only, reach=0)
     copy_s = np.array([5e-6, 3e-6, 8e-6, 1e-6])
     clock = round_clock(NUM_LAYERS, overlap_ratio=0.0, copy_s=copy_s)
     lane = lane_of(TRACE, 2)
@@ -241,23 +241,6 @@ def test_hyper_parameters_are_lanes_too(round_clock):
 
 
 # --- prefetching and computing on the host ----------------------------------------------------
-
-
-@pytest.mark.parametrize("most", [0, 2])
-def test_a_fixed_schedule_issues_at_most_so_many_and_knows_no_late(most, round_clock, run_timeline):
-    clock = round_clock(NUM_LAYERS, copy_s=np.full(NUM_LAYERS, 20e-6))
-    record = run_timeline(
-        BUILT["gate_look"], lane_of(TRACE, 2), clock, SLOTS, topk=TOPK, fixed=most
-    )
-    issued = record.num_prefetches.sum(-1)
-    assert issued.max() == most
-    assert record.num_late.sum() == 0
-    np.testing.assert_array_equal(record.num_hits + record.num_misses, record.num_demands)
-    # No clock decides: a link a thousand times faster issues the same.
-    fast = round_clock(NUM_LAYERS, copy_s=np.full(NUM_LAYERS, 20e-9))
-    again = run_timeline(BUILT["gate_look"], lane_of(TRACE, 2), fast, SLOTS, topk=TOPK, fixed=most)
-    np.testing.assert_array_equal(again.num_prefetches, record.num_prefetches)
-    np.testing.assert_array_equal(again.num_hits, record.num_hits)
 
 
 @pytest.mark.parametrize("host_s", [1e-8, 15.5e-6, 1.0])

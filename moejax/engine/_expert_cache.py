@@ -1,0 +1,194 @@
+"""What an offloaded model keeps on the device besides its dense weights: slots and their tables."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped, UInt
+
+from moejax.errors import UsageError
+from moejax.offload import ExpertLayout, SlotPlan
+from moejax.qwen_moe import KVCache
+from moejax.strategies import CacheShape, Strategy
+from moejax.trace import demand_counts, next_use
+
+from ._event import NEVER, NUM_COUNTS, ReplayTable, Sizes, Tables
+from ._programs import Place
+from .kernels._copy import NUM_FIELDS, Schedule
+from .kernels._parts import next_power_of_2
+
+_LEAST_PADDED = 16
+
+
+class ExpertCache(NamedTuple):
+    """Experts on the device, and where they are.
+
+    Attributes:
+      slots: One packed expert each, see `ExpertLayout`.
+      tables: The directory.
+    """
+
+    slots: Float[Array, "slots rows hidden"]
+    tables: Tables
+
+
+class OffloadState(NamedTuple):
+    """Everything a step changes.
+
+    Attributes:
+      kv: Keys and values of what was read so far.
+      place: Where every request stands.
+      experts: Experts on the device.
+    """
+
+    kv: KVCache
+    place: Place
+    experts: ExpertCache
+
+
+def make_sizes(
+    shape: CacheShape, layout: ExpertLayout, scope: str, strategy: Strategy, schedule: Schedule
+) -> Sizes:
+    """What programs are compiled for.
+
+    Args:
+      shape: Layers, experts and experts of a token; its depth is replaced by the strategy's reach.
+      layout: One packed layer.
+      scope: `layer` or `pool`.
+      strategy: What scores.
+      schedule: When rows of a prefetched expert are copied.
+    """
+    reach = min(strategy.reach, shape.num_layers - 1)
+    # A pool is never prefetched into, and a kernel wants a power of two.
+    prefetches = strategy.prefetches and scope == "layer" and reach > 0
+    depth = 1 << (reach.bit_length() - 1) if prefetches else 1
+    return Sizes(
+        shape=shape._replace(depth=depth),
+        num_padded=max(_LEAST_PADDED, next_power_of_2(shape.num_experts)),
+        scope=scope,
+        num_rows=layout.num_rows,
+        lookahead_width=min(2 * shape.topk, shape.num_experts),
+        schedule=schedule if prefetches else None,
+        asks_gates=prefetches and strategy.reads_gates,
+        reads_future=strategy.reads_future,
+    )
+
+
+def empty_cache(
+    sizes: Sizes, layout: ExpertLayout, plan: SlotPlan, strategy: Strategy, dtype: DTypeLike
+) -> ExpertCache:
+    """Slots that hold nothing, and a strategy that has seen nothing."""
+    layers, padded = sizes.shape.num_layers, sizes.num_padded
+    # A kernel that looks at all layers at once wants a power of two.
+    table = (next_power_of_2(layers), padded)
+    if plan.scope == "layer":
+        num_slots = np.array(plan.slots, np.int32)
+        first_slot = np.concatenate([[0], np.cumsum(num_slots)[:-1]]).astype(np.int32)
+        is_taken = np.zeros(1, np.int32)
+    else:
+        num_slots = np.full(layers, plan.num_slots, np.int32)
+        first_slot = np.zeros(layers, np.int32)
+        is_taken = np.arange(next_power_of_2(plan.num_slots)) >= plan.num_slots
+    tables = Tables(
+        slot_of=jnp.full(table, -1, jnp.int32),
+        score=jnp.full(table, -jnp.inf, jnp.float32),
+        demand=jnp.zeros((layers, padded), jnp.int32),
+        first_slot=jnp.asarray(first_slot),
+        num_slots=jnp.asarray(num_slots),
+        is_taken=jnp.asarray(is_taken, jnp.int32),
+        job=jnp.zeros(NUM_FIELDS, jnp.int32),
+        counts=jnp.zeros((layers, NUM_COUNTS), jnp.int32),
+        step=jnp.zeros(1, jnp.int32),
+        state=_padded_state(strategy, sizes),
+    )
+    # A step always reads a slot, even if it has no use for what lies there.
+    shape = (max(1, plan.num_slots), layout.num_rows, layout.hidden)
+    return ExpertCache(jnp.zeros(shape, dtype), tables)
+
+
+def booleans(strategy: Strategy, sizes: Sizes) -> Any:
+    """Which leaves of the strategy's state are booleans, kept as int32."""
+    state = jax.eval_shape(lambda: strategy.init(sizes.shape))
+    return jax.tree.map(lambda leaf: leaf.dtype == jnp.bool_, state)
+
+
+def make_replay_table(
+    sizes: Sizes,
+    experts: UInt[np.ndarray, "steps layers places_topk"],
+    batch_size: int,
+    num_columns: int,
+    *,
+    lookahead: Shaped[np.ndarray, "steps layers depth experts"] | None = None,
+) -> ReplayTable:
+    """Recorded routing as the programs read it.
+
+    Args:
+      sizes: Of the programs.
+      experts: What `batch_trace` gives: the experts of place 0, then of place 1, and so on.
+      batch_size: Places.
+      num_columns: Places with padding.
+      lookahead: `Replay.lookahead`, in 255ths.
+
+    Raises:
+      UsageError: The routing has other layers or experts than the model.
+    """
+    steps, layers, width = experts.shape
+    shape = sizes.shape
+    if layers != shape.num_layers or width % batch_size or width // batch_size > shape.topk:
+        raise UsageError(
+            f"routing of {layers} layers and {width} experts a step does not fit a model of "
+            f"{shape.num_layers} layers, {shape.topk} experts a token and {batch_size} request(s)",
+            "Replay a trace of the same model, batched for as many requests.",
+        )
+    topk = width // batch_size
+    ids = experts.reshape(steps, layers, batch_size, topk).transpose(0, 1, 3, 2).astype(np.int32)
+    ids = np.pad(
+        ids,
+        ((0, 0), (0, 0), (0, shape.topk - topk), (0, num_columns - batch_size)),
+        constant_values=NEVER,
+    )
+    counts = demand_counts(experts, shape.num_experts)
+    coming = next_use(counts)
+    events = np.where(
+        coming < steps, coming.astype(np.int64) * layers + np.arange(layers)[None, :, None], NEVER
+    )
+    beyond = (0, shape.depth)
+    unused = (0, sizes.num_padded - shape.num_experts)
+
+    def table(rows: np.ndarray, filling: int):
+        rows = rows.reshape(steps * layers, -1)
+        return jnp.asarray(
+            np.pad(rows, (beyond, unused), constant_values=filling).astype(np.int32)
+        )
+
+    said = None
+    if sizes.asks_gates:
+        said = np.zeros((steps, layers, shape.depth, sizes.num_padded), np.float32)
+        if lookahead is not None:
+            depth = min(shape.depth, lookahead.shape[2])
+            said[:, :, :depth, : shape.num_experts] = lookahead[:, :, :depth] / np.float32(255)
+    return ReplayTable(
+        experts=jnp.asarray(ids),
+        demand=table(counts, 0),
+        next_use=table(events, NEVER),
+        lookahead=None if said is None else jnp.asarray(said),
+    )
+
+
+def _padded_state(strategy: Strategy, sizes: Sizes) -> Any:
+    """The strategy's first state, with room for the experts that pad a layer."""
+    experts, padded = sizes.shape.num_experts, sizes.num_padded
+
+    def pad(leaf: Array) -> Array:
+        pads = [(0, 0)] + [(0, padded - experts if n == experts else 0) for n in leaf.shape[1:]]
+        leaf = jnp.pad(leaf, pads)
+        return leaf.astype(jnp.int32) if leaf.dtype == jnp.bool_ else leaf
+
+    if sizes.shape.depth == experts:
+        raise UsageError(
+            f"{experts} experts a layer are as many as layers to look ahead",
+            "Use a model of more experts, or a strategy that does not prefetch.",
+        )
+    return jax.tree.map(pad, strategy.init(sizes.shape))

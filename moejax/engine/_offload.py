@@ -1,0 +1,414 @@
+"""A model whose routed experts wait in host memory, made ready to generate."""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32, Shaped, UInt
+
+from moejax.errors import UsageError
+from moejax.offload import ExpertStore, SlotPlan
+from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
+from moejax.strategies import CacheShape, Strategy
+
+from . import _offload_kernels, _offload_xla
+from ._check import check_prompts, check_recording, check_seed
+from ._event import COUNTS, ReplayTable
+from ._expert_cache import ExpertCache, OffloadState, booleans, make_replay_table, make_sizes
+from ._expert_cache import empty_cache as empty_expert_cache
+from ._generate import Generation
+from ._programs import Place, ProgramSettings, Routed, cache_bucket, prompt_bucket, routed_of
+from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw, next_tokens
+from ._stream import StreamedPrefill
+from .kernels._copy import schedule
+from .kernels._dense_weights import DenseWeights, pack_dense, supports
+from .kernels._route import Router
+
+KERNELS = ("auto", "pallas", "xla", "interpret")
+"""How a step runs: GPU kernels, plain JAX, or the kernels interpreted; `auto` chooses."""
+
+# Layers of Qwen1.5-MoE whose compute hides the copy of one expert, at a batch of one on an H100.
+_LAYERS_PER_COPY = 5
+
+
+class StepOutput(NamedTuple):
+    """What a call of a decode program tells the host.
+
+    Attributes:
+      token_ids: Chosen tokens, step by step.
+      logits: Scores behind the last step.
+      counts: `COUNTS` of every step and layer.
+      routed: Routing of the last step, where it is recorded.
+    """
+
+    token_ids: Int32[Array, "steps batch"]
+    logits: Float[Array, "batch vocab"]
+    counts: Int32[Array, "steps layers counts"]
+    routed: Routed | None
+
+
+class OffloadEngine:
+    """Generates with the routed experts in host memory and some of them in slots on the device.
+
+    A step is one program: it routes, decides which experts stay, fetches those that are missing,
+    computes and chooses the next token without asking the host. Whatever the slots hold, the same
+    program gives bit-identical logits.
+
+    Args:
+      model: The model without its routed experts: their parameters are arrays of size zero.
+      store: Those experts.
+      plan: How many of them the device holds.
+      strategy: Which of them.
+      kernels: One of `KERNELS`.
+      layers_per_copy: In the shadow of how many layers one expert is copied, where the strategy
+        prefetches; more for a slow link or a small batch.
+
+    Raises:
+      UsageError: The kernels cannot run the model, or the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: QwenMoe,
+        store: ExpertStore,
+        plan: SlotPlan,
+        strategy: Strategy,
+        *,
+        kernels: str = "auto",
+        layers_per_copy: int = _LAYERS_PER_COPY,
+    ):
+        self.config: QwenMoeConfig = model.config
+        self.kernels = _choose_kernels(kernels, model.config)
+        self.plan = plan
+        self.num_compiles = {"decode": 0}
+        self._check(store, plan)
+        self._store, self._strategy = store, strategy
+        shape = CacheShape(
+            len(self.config.moe_layers), self.config.num_experts, self.config.num_experts_per_tok, 1
+        )
+        self.schedule = schedule(store.layout.num_rows, layers_per_copy)
+        self.sizes = make_sizes(shape, store.layout, plan.scope, strategy, self.schedule)
+        self._dtype = model.embed_tokens.weight[...].dtype
+        self._prefill = StreamedPrefill(model, store.layers)
+        if self.kernels == "xla":
+            self._graph, params = nnx.split(model)
+            self._params: Any = params
+        else:
+            self._graph, self._params = None, pack_dense(model)
+        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes on the device that do not depend on the batch: dense weights and slots."""
+        dense = sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+        slots = self.plan.num_slots * self._store.layout.expert_bytes
+        return {"dense": dense, "slots": slots}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop_token_ids: Collection[int] = (),
+        record: bool = False,
+        lookahead: Lookahead | None = None,
+        first_request: int = 0,
+    ) -> Generation:
+        """Prepares one batch, like `Engine.generate`; prompts are read with streamed experts.
+
+        Raises:
+          UsageError: A prompt is empty, too long or holds what is no token, the strategy needs
+            the future, or another argument is out of range.
+        """
+        arrays = check_prompts(self.config, prompts, max_new_tokens)
+        check_seed(seed)
+        self._refuse_oracle(is_replayed=False)
+        if record:
+            check_recording(self.config, lookahead)
+        bucket = prompt_bucket(max(prompt.size for prompt in arrays))
+        settings = ProgramSettings(
+            batch_size=len(arrays),
+            num_tokens=bucket,
+            num_positions=cache_bucket(bucket + max_new_tokens - 1),
+            is_greedy=sampling.is_greedy,
+            is_recording=record,
+            lookahead=lookahead if record else None,
+        )
+        token_ids = np.zeros((len(arrays), bucket), np.int32)
+        for row, prompt in zip(token_ids, arrays, strict=True):
+            row[: prompt.size] = prompt
+        num_tokens = np.array([prompt.size for prompt in arrays], np.int32)
+        draw = None
+        if not sampling.is_greedy:
+            draw = make_draw(sampling, seed, first_request, len(arrays))
+        start_s = time.perf_counter()
+        num_before = self._num_programs()
+        step = self._decode_program(settings, 1, is_replayed=False)
+        self._prefill.prepare(settings)
+        is_fresh = self._num_programs() > num_before
+        compile_s = time.perf_counter() - start_s if is_fresh else 0.0
+        counts: list[Array] = []
+
+        def read():
+            kv, place, logits, routed = self.read(settings, token_ids, num_tokens, draw)
+            return (kv, self._empty_experts()), place, logits, routed
+
+        def advance(cache: tuple[KVCache, ExpertCache], place: Place):
+            state, output = step(OffloadState(cache[0], place, cache[1]), draw, None)
+            output.counts.copy_to_host_async()
+            counts.append(output.counts[0])
+            return (state.kv, state.experts), state.place, output.routed
+
+        return Generation(
+            arrays,
+            prefill=read,
+            decode=advance,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            compile_s=compile_s,
+            num_ahead=1 if jax.default_backend() == "cpu" else 2,
+            read_counts=lambda num_steps: self._stack(counts[:num_steps]),
+        )
+
+    def new_state(
+        self, batch_size: int, num_positions: int, *, position: int = 0
+    ) -> OffloadState:
+        """A state to measure from: no experts on the device, and an empty past.
+
+        Args:
+          batch_size: Requests.
+          num_positions: Tokens that the cache of each has room for.
+          position: Where each request stands; what is before it is all zeros.
+        """
+        row = jnp.full(batch_size, position, jnp.int32)
+        kv = empty_cache(self.config, batch_size, num_positions, self._dtype)
+        place = Place(jnp.zeros(batch_size, jnp.int32), row, jnp.zeros(batch_size, jnp.int32))
+        return OffloadState(kv, place, self._empty_experts())
+
+    def program(
+        self,
+        batch_size: int,
+        num_positions: int,
+        *,
+        num_steps: int = 1,
+        is_replayed: bool = False,
+        is_recording: bool = False,
+    ) -> Callable[..., tuple[OffloadState, StepOutput]]:
+        """A compiled decode program: `f(state, draw=None, table=None) -> (state, output)`.
+
+        The state that goes in is used up.
+
+        Args:
+          batch_size: Requests.
+          num_positions: Tokens that the cache of each has room for.
+          num_steps: Steps that one call takes.
+          is_replayed: Whether calls give a `ReplayTable`, which overrides the router.
+          is_recording: Whether the routing of the last step is returned.
+
+        Raises:
+          UsageError: The strategy needs the future and nothing is replayed.
+        """
+        self._refuse_oracle(is_replayed)
+        settings = ProgramSettings(
+            batch_size=batch_size,
+            num_tokens=1,
+            num_positions=num_positions,
+            is_greedy=True,
+            is_recording=is_recording,
+        )
+        compiled = self._decode_program(settings, num_steps, is_replayed=is_replayed)
+
+        def call(
+            state: OffloadState, draw: Draw | None = None, table: ReplayTable | None = None
+        ) -> tuple[OffloadState, StepOutput]:
+            return compiled(state, draw, table)
+
+        return call
+
+    def read(
+        self,
+        settings: ProgramSettings,
+        token_ids: Int32[np.ndarray, "batch tokens"],
+        num_tokens: Int32[np.ndarray, " batch"],
+        draw: Draw | None,
+    ) -> tuple[KVCache, Place, Float[Array, "batch vocab"], Routed | None]:
+        """Reads prompts, the experts streamed through the device; see `StreamedPrefill`."""
+        return self._prefill(settings, token_ids, num_tokens, draw)
+
+    def advance(
+        self, settings: ProgramSettings, state: OffloadState, draw: Draw | None
+    ) -> tuple[OffloadState, Int32[Array, " batch"], Routed | None]:
+        """One decode step, for `serve`; the cache that goes in is used up."""
+        step = self._decode_program(settings, 1, is_replayed=False)
+        state, output = step(state, draw, None)
+        return state, output.token_ids[0], output.routed
+
+    def _stack(self, counts: list[Array]) -> Int32[np.ndarray, "steps layers counts"]:
+        shape = (0, self.sizes.shape.num_layers, len(COUNTS))
+        return np.stack(jax.device_get(counts)) if counts else np.zeros(shape, np.int32)
+
+    def _num_programs(self) -> int:
+        return sum(self.num_compiles.values()) + sum(self._prefill.num_compiles.values())
+
+    def replay_table(
+        self,
+        experts: UInt[np.ndarray, "steps layers places_topk"],
+        batch_size: int,
+        *,
+        lookahead: Shaped[np.ndarray, "steps layers depth experts"] | None = None,
+    ) -> ReplayTable:
+        """Recorded routing for `program`; see `make_replay_table`.
+
+        Raises:
+          UsageError: The routing has other layers or experts than the model.
+        """
+        return make_replay_table(
+            self.sizes, experts, batch_size, self._num_columns(batch_size), lookahead=lookahead
+        )
+
+    def _decode_program(
+        self, settings: ProgramSettings, num_steps: int, *, is_replayed: bool
+    ) -> Callable[..., tuple[OffloadState, StepOutput]]:
+        settings = settings._replace(num_tokens=1)
+        key = (settings, num_steps, is_replayed)
+        if key in self._programs:
+            return self._programs[key]
+        step = self._step_function(settings)
+
+        def program(params, hosts, kv, place, experts, draw, table):
+            self.num_compiles["decode"] += 1
+            state = OffloadState(kv, place, experts)
+
+            def one(state, _):
+                decoded = step(params, hosts, state, table)
+                number = state.place.step + 1
+                token_ids = next_tokens(decoded.logits, number, draw)
+                place = Place(token_ids, state.place.positions + 1, number)
+                routed = routed_of(self.config, settings, decoded.routings)
+                counts = decoded.experts.tables.counts[:, : len(COUNTS)]
+                state = OffloadState(decoded.kv, place, decoded.experts)
+                return state, (token_ids, decoded.logits, counts, routed)
+
+            if num_steps == 1:
+                state, (token_ids, logits, counts, routed) = one(state, None)
+                return state, StepOutput(token_ids[None], logits, counts[None], routed)
+
+            def again(carry, _):
+                state, _, _ = carry
+                state, (token_ids, logits, counts, routed) = one(state, None)
+                return (state, logits, routed), (token_ids, counts)
+
+            _, (_, logits, _, routed) = jax.eval_shape(one, state, None)
+            blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (logits, routed))
+            (state, logits, routed), (token_ids, counts) = jax.lax.scan(
+                again, (state, *blank), None, length=num_steps
+            )
+            return state, StepOutput(token_ids, logits, counts, routed)
+
+        # The host reads tokens when later steps are under way, so places are not given away.
+        jitted = jax.jit(program, donate_argnums=(2, 4))
+        compiled: dict[Any, Callable[..., Any]] = {}
+
+        def compile_for(table: ReplayTable | None) -> Callable[..., Any]:
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(table))
+            if shapes not in compiled:
+                rows = settings.batch_size
+                state = jax.eval_shape(lambda: self.new_state(rows, settings.num_positions))
+                draw = None if settings.is_greedy else abstract_draw(rows)
+                lowered = jitted.lower(self._params, self._store.layers, *state, draw, table)
+                compiled[shapes] = lowered.compile()
+            return compiled[shapes]
+
+        if not is_replayed:
+            compile_for(None)
+
+        def call(state: OffloadState, draw: Draw | None, table: ReplayTable | None):
+            run = compile_for(table)
+            return run(self._params, self._store.layers, *state, draw, table)
+
+        self._programs[key] = call
+        return call
+
+    def _step_function(self, settings: ProgramSettings) -> Callable[..., Any]:
+        strategy, sizes, lookahead = self._strategy, self.sizes, settings.lookahead
+        if self.kernels == "xla":
+
+            def step(params, hosts, state, table):
+                assert self._graph is not None
+                model = nnx.merge(self._graph, params)
+                return _offload_xla.decode_step(
+                    model, hosts, strategy, sizes, state, table, lookahead
+                )
+
+            return step
+        router = Router(
+            strategy,
+            sizes,
+            booleans(strategy, sizes),
+            settings.batch_size,
+            self.config.norm_topk_prob,
+        )
+        num_ahead = max(
+            sizes.shape.depth if sizes.asks_gates else 0, lookahead.depth if lookahead else 0
+        )
+        program = _offload_kernels.Program(
+            self.config, router, num_ahead, is_interpreted=self.kernels == "interpret"
+        )
+
+        def step(params: DenseWeights, hosts, state, table):
+            return _offload_kernels.decode_step(params, hosts, program, state, table, lookahead)
+
+        return step
+
+    def _empty_experts(self) -> ExpertCache:
+        return empty_expert_cache(
+            self.sizes, self._store.layout, self.plan, self._strategy, self._dtype
+        )
+
+    def _num_columns(self, batch_size: int) -> int:
+        return batch_size if batch_size == 1 or self.kernels == "xla" else 16
+
+    def _refuse_oracle(self, is_replayed: bool) -> None:
+        if self.sizes.reads_future and not is_replayed:
+            raise UsageError(
+                "the oracle knows the future only where recorded routing is replayed",
+                "Replay a trace, or use another strategy.",
+            )
+
+    def _check(self, store: ExpertStore, plan: SlotPlan) -> None:
+        config, layout = self.config, store.layout
+        num_layers = len(config.moe_layers)
+        have = (len(store.layers), layout.num_experts, layout.hidden, layout.ffn)
+        want = (num_layers, config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        if have != want:
+            raise UsageError(
+                f"a store of {have} layers, experts, hidden and ffn is not of this model: {want}",
+                "Build the store from the checkpoint of the model.",
+            )
+        if plan.scope == "layer" and (
+            len(plan.slots) != num_layers or max(plan.slots) > config.num_experts
+        ):
+            raise UsageError(
+                f"a plan of {len(plan.slots)} layers and up to {max(plan.slots)} slots does not "
+                f"fit {num_layers} layers of {config.num_experts} experts",
+                "Make a plan of this model.",
+            )
+
+
+def _choose_kernels(kernels: str, config: QwenMoeConfig) -> str:
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels {kernels!r} are not known", f"Known: {', '.join(KERNELS)}.")
+    reason = supports(config)
+    if kernels == "auto":
+        return "pallas" if jax.default_backend() == "gpu" and reason is None else "xla"
+    if kernels != "xla" and reason is not None:
+        raise UsageError(f"the kernels cannot run this model: {reason}", "Use the kernels xla.")
+    if kernels == "pallas" and jax.default_backend() != "gpu":
+        raise UsageError("the kernels need a GPU and there is none", "Use the kernels xla.")
+    return kernels

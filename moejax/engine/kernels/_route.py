@@ -1,0 +1,323 @@
+"""Routing and the expert directory inside a kernel: programs that ride along with products.
+
+`route_part` chooses experts and slots while the shared expert's last product runs; `learn_part`
+updates the strategy and chooses a prefetch while the routed experts' last product runs. Both are
+one program each, and both trace the same strategy that the simulators run.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from moejax.engine._event import PREFETCHES, ReplayTable, Sizes, Tables
+from moejax.engine._event import learn, read_access, serve
+from moejax.strategies import Strategy
+
+from . import _active
+from ._active import Active
+from ._parts import Part, next_power_of_2
+
+_NONE = 2**30
+# Above so many products a sum over one-hot rows is slower than a matrix product.
+_MOST_SUMMED = 2**14
+
+
+class Routed(NamedTuple):
+    """What `route_part` writes.
+
+    Attributes:
+      active: What the routed experts have to do.
+      selected_experts: The router's choice, best first; a large number for none.
+      routing_weights: What each counts.
+      resident: Experts that were in slots before the event.
+    """
+
+    active: Active
+    selected_experts: Int32[Array, "topk batch"]
+    routing_weights: Float[Array, "topk batch"]
+    resident: Int32[Array, " experts"]
+
+
+class Router(NamedTuple):
+    """Settings of the routing.
+
+    Attributes:
+      strategy: What decides which experts stay on the device.
+      sizes: What the program is compiled for.
+      is_boolean: Which leaves of the strategy's state are booleans.
+      batch_size: Requests; the columns beyond are padding.
+      is_normalized: Whether a token's weights are scaled to sum to 1.
+    """
+
+    strategy: Strategy
+    sizes: Sizes
+    is_boolean: Any
+    batch_size: int
+    is_normalized: bool
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of `Active`, with padding."""
+        return next_power_of_2(self.num_active)
+
+    @property
+    def num_active(self) -> int:
+        """Experts that one event can demand."""
+        shape = self.sizes.shape
+        return min(self.batch_size * shape.topk, shape.num_experts)
+
+
+def route_part(
+    router: Router,
+    layer: Int32[Array, " 1"],
+    logits: Float[Array, "rows batch"],
+    tables: Tables,
+    replay: ReplayTable | None,
+) -> Part:
+    """One program that chooses experts and the slots that they are read from or written to.
+
+    Args:
+      router: Settings.
+      layer: Number of the layer among those with experts.
+      logits: The router's scores, a row an expert.
+      tables: The directory; five of its tables are updated in place.
+      replay: Routing that overrides the router.
+
+    Returns:
+      A part that gives `slot_of, score, demand, is_taken, counts` and then what `Routed` holds:
+      `read_routed` puts names to them.
+    """
+    sizes = router.sizes
+    written = (tables.slot_of, tables.score, tables.demand, tables.is_taken, tables.counts)
+    read, tree = jax.tree.flatten((layer, logits, tables._replace(**_WRITTEN), replay))
+    columns, batch = router.num_columns, logits.shape[1]
+    topk = sizes.shape.topk
+
+    def body(program, *refs):
+        del program
+        refs = refs[-len(written) - len(read) - len(outputs) :]
+        inputs = jax.tree.unflatten(tree, refs[len(written) : len(written) + len(read)])
+        layer_ref, logits_ref, known, replay = inputs
+        known = known._replace(**dict(zip(_WRITTEN, refs[: len(written)], strict=True)))
+        table, weights, is_live, chosen_ref, chosen_weights, resident = refs[-6:]
+        layer = layer_ref[0]
+        pairs = _choose(router, logits_ref[0 : sizes.num_padded, :], known, replay, layer)
+        demand, by_expert = jnp.zeros(sizes.num_padded, jnp.int32), None
+        for place, (is_chosen, expert, weight) in enumerate(pairs):
+            chosen_ref[place, :] = expert
+            chosen_weights[place, :] = weight
+            demand = demand + is_chosen.astype(jnp.int32).sum(1, dtype=jnp.int32)
+            share = jnp.where(is_chosen, weight[None, :], 0.0)
+            by_expert = share if by_expert is None else by_expert + share
+        is_resident = known.slot_of[layer, :] >= 0
+        access = read_access(sizes, known, replay, layer, demand, is_resident, None)
+        state = _read_state(router, known, layer)
+        served = serve(router.strategy, sizes, known, access, state)
+        settled = served.settled
+        resident[:] = is_resident.astype(jnp.int32)
+        if served.slot_of is None:
+            known.slot_of[layer, :] = settled.slot_of
+        else:
+            known.slot_of[:, :] = served.slot_of
+            known.is_taken[:] = served.is_taken
+        known.score[layer, :] = served.score
+        known.demand[layer, :] = demand
+        known.counts[layer, :] = served.counts
+        is_live[0] = served.is_live.astype(jnp.int32)
+        _write_active(table, weights, demand > 0, served, by_expert, columns)
+
+    outputs = (
+        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written),
+        jax.ShapeDtypeStruct((_active.NUM_ROWS, columns), jnp.int32),
+        jax.ShapeDtypeStruct((columns, batch), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((topk, batch), jnp.int32),
+        jax.ShapeDtypeStruct((topk, batch), jnp.float32),
+        jax.ShapeDtypeStruct((sizes.num_padded,), jnp.int32),
+    )
+    updates = tuple((index, index) for index in range(len(written)))
+    return Part(1, body, (*written, *read), outputs, updates)
+
+
+def read_routed(tables: Tables, results: tuple[Array, ...]) -> tuple[Tables, Routed]:
+    """What `route_part` wrote, by name."""
+    written = dict(zip(_WRITTEN, results, strict=False))
+    table, weights, is_live, selected, selected_weights, resident = results[len(_WRITTEN) :]
+    active = Active(table, weights, is_live)
+    return tables._replace(**written), Routed(active, selected, selected_weights, resident)
+
+
+def learn_part(
+    router: Router,
+    layer: Int32[Array, " 1"],
+    resident: Int32[Array, " experts"],
+    tables: Tables,
+    replay: ReplayTable | None,
+    ahead: Float[Array, "depth experts batch"] | None,
+) -> Part:
+    """One program that takes the event into the strategy's memory and chooses a prefetch.
+
+    Args:
+      router: Settings.
+      layer: Number of the layer among those with experts.
+      resident: What `route_part` found in the slots.
+      tables: The directory; the strategy's state, `slot_of`, `score` and `counts` are updated in
+        place.
+      replay: Routing that overrides the router.
+      ahead: The next layers' router scores of this layer's hidden state, if they are asked.
+
+    Returns:
+      A part that gives the updated tables: `read_learned` puts names to them.
+    """
+    sizes = router.sizes
+    leaves, state_tree = jax.tree.flatten(tables.state)
+    written = (tables.slot_of, tables.score, tables.counts, *leaves)
+    # Others read the job while this part runs, so the next one is a new array.
+    others = tables._replace(slot_of=None, score=None, counts=None, state=None)
+    read, tree = jax.tree.flatten((layer, resident, others, replay, ahead))
+
+    def body(program, *refs):
+        del program
+        refs = refs[-len(written) - len(read) - len(outputs) :]
+        inputs = jax.tree.unflatten(tree, refs[len(written) : len(written) + len(read)])
+        layer_ref, resident_ref, known, replay, ahead_ref = inputs
+        slot_of, score, counts, *state_refs = refs[: len(written)]
+        known = known._replace(
+            slot_of=slot_of,
+            score=score,
+            counts=counts,
+            state=jax.tree.unflatten(state_tree, state_refs),
+        )
+        layer = layer_ref[0]
+        said = _said(router, known, replay, ahead_ref, layer)
+        is_resident = resident_ref[:] > 0
+        demand = known.demand[layer, :]
+        access = read_access(sizes, known, replay, layer, demand, is_resident, said)
+        state = _read_state(router, known, layer)
+        learned = learn(router.strategy, sizes, known, access, state)
+        for ref, new in zip(state_refs, jax.tree.leaves(learned.state), strict=True):
+            ref[layer] = new.astype(ref.dtype)
+        if learned.choice is None:
+            refs[-1][:] = known.job[:]
+            return
+        refs[-1][:] = learned.job
+        known.slot_of[learned.target, :] = learned.slot_of
+        known.score[learned.target, :] = learned.score
+        known.counts[layer, PREFETCHES] = learned.choice.is_issued.astype(jnp.int32)
+
+    outputs = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written)
+    outputs += (jax.ShapeDtypeStruct(tables.job.shape, jnp.int32),)
+    updates = tuple((index, index) for index in range(len(written)))
+    return Part(1, body, (*written, *read), outputs, updates)
+
+
+def read_learned(tables: Tables, results: tuple[Array, ...]) -> Tables:
+    """What `learn_part` wrote, by name."""
+    slot_of, score, counts, *leaves, job = results
+    state = jax.tree.unflatten(jax.tree.structure(tables.state), leaves)
+    return tables._replace(slot_of=slot_of, score=score, job=job, counts=counts, state=state)
+
+
+_WRITTEN: dict[str, Any] = dict.fromkeys(("slot_of", "score", "demand", "is_taken", "counts"))
+
+
+def _choose(router: Router, logits, tables: Tables, replay: ReplayTable | None, layer):
+    """The chosen experts of each request: best first, which, and what each counts."""
+    sizes = router.sizes
+    shape = (sizes.num_padded, logits.shape[1])
+    expert = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    is_real = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < router.batch_size
+    logits = jnp.where(expert < sizes.shape.num_experts, logits, -jnp.inf)
+    raised = jnp.exp(logits - logits.max(0)[None, :])
+    probability = raised / raised.sum(0)[None, :]
+    left, found = probability, []
+    for place in range(sizes.shape.topk):
+        if replay is None:
+            best = left.max(0)
+            number = jnp.where(left == best[None, :], expert, _NONE).min(0)
+        else:
+            step = tables.step[0] % replay.experts.shape[0]
+            number = replay.experts[step, layer, place, :]
+        is_chosen = (expert == number[None, :]) & is_real
+        left = jnp.where(is_chosen, -1.0, left)
+        found.append((is_chosen, number, jnp.where(is_chosen, probability, 0.0).sum(0)))
+    if not router.is_normalized:
+        return found
+    total = sum(weight for _, _, weight in found)
+    total = jnp.where(total > 0, total, 1.0)
+    return [(is_chosen, number, weight / total) for is_chosen, number, weight in found]
+
+
+def _write_active(table, weights, is_demanded, served, by_expert, columns: int) -> None:
+    settled = served.settled
+    size = is_demanded.shape[0]
+    ones = is_demanded.astype(jnp.int32)
+    turn = jnp.cumsum(ones) - ones
+    column = jax.lax.broadcasted_iota(jnp.int32, (columns, size), 0)
+    goes = (turn[None, :] == column) & is_demanded[None, :]
+    number = jax.lax.iota(jnp.int32, size)
+    is_partner_of = settled.partner[:, None] == number[None, :]
+    partner = jnp.where(is_partner_of, turn[None, :] + 1, 0).sum(1, dtype=jnp.int32)
+
+    def gather(entries):
+        return jnp.where(goes, entries[None, :], 0).sum(1, dtype=jnp.int32)
+
+    table[_active.EXPERT, :] = gather(number)
+    table[_active.SLOT, :] = gather(settled.read_slot)
+    table[_active.LANDED, :] = gather(served.landed_rows)
+    table[_active.WRITE, :] = gather(settled.is_written.astype(jnp.int32))
+    table[_active.PARTNER, :] = gather(partner) - 1
+    table[_active.SKIP, :] = gather(settled.is_partner.astype(jnp.int32))
+    table[_active.ACTIVE, :] = gather(ones)
+    batch = by_expert.shape[1]
+    if columns * size * batch <= _MOST_SUMMED or columns < 16 or batch < 16:
+        picked = jnp.where(goes[:, :, None], by_expert[None, :, :], 0.0).sum(1)
+    else:
+        picked = jax.lax.dot(
+            goes.astype(jnp.float32), by_expert, precision=jax.lax.Precision.HIGHEST
+        )
+    weights[:, :] = picked
+
+
+def _said(router: Router, tables: Tables, replay: ReplayTable | None, ahead, layer):
+    """How high the next gates rank each expert, as `Replay.lookahead`; None if nobody asks."""
+    sizes = router.sizes
+    if not sizes.asks_gates:
+        return None
+    depth, width = sizes.shape.depth, sizes.lookahead_width
+    if replay is not None:
+        return replay.lookahead[tables.step[0] % replay.lookahead.shape[0], layer, :, :]
+    row = jax.lax.broadcasted_iota(jnp.int32, (depth, sizes.num_padded), 0)
+    said = jnp.zeros((depth, sizes.num_padded), jnp.float32)
+    for step in range(depth):
+        heard = _ranked(router, ahead[step, :, :], width)
+        heard = jnp.where(layer + 1 + step < sizes.shape.num_layers, heard, 0.0)
+        said = jnp.where(row == step, heard[None, :], said)
+    return said
+
+
+def _ranked(router: Router, logits, width: int):
+    shape = logits.shape
+    expert = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    is_real = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < router.batch_size
+    left = jnp.where(expert < router.sizes.shape.num_experts, logits, -jnp.inf)
+    worth = jnp.zeros(shape, jnp.float32)
+    for rank in range(width):
+        best = left.max(0)
+        number = jnp.where(left == best[None, :], expert, _NONE).min(0)
+        is_named = expert == number[None, :]
+        left = jnp.where(is_named, -jnp.inf, left)
+        worth = jnp.where(is_named & is_real, (255 - 255 * rank // width) / 255, worth)
+    return worth.max(1)
+
+
+def _read_state(router: Router, tables: Tables, layer) -> Any:
+    return jax.tree.map(
+        lambda ref, is_boolean: ref[layer] != 0 if is_boolean else ref[layer],
+        tables.state,
+        router.is_boolean,
+    )
+
+
