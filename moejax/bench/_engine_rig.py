@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.engine import OffloadEngine
+from moejax.engine import DenseModel, OffloadEngine, prepare_model
 from moejax.offload import ExpertLayout, ExpertStore, Scope, SlotPlan, random_store
 from moejax.qwen_moe import QwenMoe, QwenMoeConfig, RoutedExperts, abstract
 from moejax.simulate import PrefetchSchedule
@@ -24,7 +24,8 @@ class Rig:
 
     Attributes:
       name: Of the model.
-      model: The model, its routed experts taken out.
+      model: The model, its routed experts taken out; for kernels, what `prepare_model` makes of
+        it, so that all engines share one copy.
       store: Those experts.
       kernels: Of the engine: `auto`, `pallas`, `interpret` or `xla`.
       layers_per_copy: Of the engine: how many layers hide the copy of one expert; None leaves it
@@ -33,7 +34,7 @@ class Rig:
     """
 
     name: str
-    model: QwenMoe
+    model: QwenMoe | DenseModel
     store: ExpertStore
     kernels: str = "auto"
     layers_per_copy: int | None = None
@@ -84,15 +85,13 @@ class StepSizes(NamedTuple):
 def step_sizes(rig: Rig) -> StepSizes:
     """The sizes of a rig's model."""
     config, layout = rig.config, rig.store.layout
-    params = jax.tree.leaves(nnx.state(rig.model, nnx.Not(RoutedExperts)))
-    dense_bytes = sum(param.nbytes for param in params)
-    embedding = rig.model.embed_tokens.weight[...]
+    width = jnp.dtype(layout.dtype).itemsize
+    shapes = nnx.state(abstract(config, layout.dtype), nnx.Not(RoutedExperts))
+    num_dense = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     if not config.tie_word_embeddings:
-        dense_bytes -= embedding.nbytes
+        num_dense -= config.vocab_size * config.hidden_size
     num_cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return StepSizes(
-        dense_bytes, num_cached * embedding.dtype.itemsize, layout.expert_bytes, layout.row_bytes
-    )
+    return StepSizes(num_dense * width, num_cached * width, layout.expert_bytes, layout.row_bytes)
 
 
 def prefetch_schedule(engine: OffloadEngine) -> PrefetchSchedule | None:
@@ -137,7 +136,7 @@ def random_rig(
     )
     num_layers = len(config.moe_layers)
     store = random_store(layout, num_layers, seed, on_progress=on_progress)
-    model = _random_model(config, dtype, seed)
+    model = prepare_model(_random_model(config, dtype, seed), kernels)
     return Rig(name, model, store, kernels, has_random_weights=True)
 
 

@@ -272,6 +272,7 @@ def _check_experts(config: "QwenMoeConfig", name: str) -> None:
 
 def _checkpoint_rig(checkpoint: NamedCheckpoint, kernels: str) -> "Rig":
     from moejax.bench import Rig
+    from moejax.engine import prepare_model
     from moejax.offload import ExpertLayout
 
     config = checkpoint.config
@@ -282,7 +283,8 @@ def _checkpoint_rig(checkpoint: NamedCheckpoint, kernels: str) -> "Rig":
         weight_dtype(checkpoint, WeightType.checkpoint),
     )
     network = load_model(checkpoint, WeightType.checkpoint, routed_experts=False)
-    return Rig(checkpoint.name, network, _read_store(checkpoint, layout), kernels)
+    model = prepare_model(network, kernels)
+    return Rig(checkpoint.name, model, _read_store(checkpoint, layout), kernels)
 
 
 def _read_card(name: str) -> "QwenMoeConfig":

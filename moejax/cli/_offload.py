@@ -167,7 +167,7 @@ def open_offloaded(
     """
     import jax
 
-    from moejax.engine import OffloadEngine
+    from moejax.engine import OffloadEngine, prepare_model
     from moejax.offload import ExpertLayout, describe_cliff
     from moejax.qwen_moe.params import check
 
@@ -200,8 +200,9 @@ def open_offloaded(
     if jax.default_backend() == "cpu":
         say("no GPU: running on the CPU, with every expert in its memory")
     network = load_model(checkpoint, weight_type, routed_experts=False)
+    model = prepare_model(network, kernels.value)
     store = _read_store(checkpoint, layout)
-    engine = OffloadEngine(network, store, plan, strategy, kernels=kernels.value)
+    engine = OffloadEngine(model, store, plan, strategy, kernels=kernels.value)
     return Opened(engine, name, plan, layout)
 
 

@@ -1,5 +1,8 @@
 """Decoding with all experts on the device, or with some: generation, and its routing recorded."""
 
+from ._dense_model import KERNELS as KERNELS
+from ._dense_model import DenseModel as DenseModel
+from ._dense_model import prepare_model as prepare_model
 from ._engine import Engine as Engine
 from ._event import COUNTS as COUNTS
 from ._event import ReplayTable as ReplayTable
@@ -8,7 +11,6 @@ from ._generate import Generation as Generation
 from ._generate import RequestRouting as RequestRouting
 from ._generate import Step as Step
 from ._generate import Timing as Timing
-from ._offload import KERNELS as KERNELS
 from ._offload import OffloadEngine as OffloadEngine
 from ._offload import StepOutput as StepOutput
 from ._record import default_lookahead as default_lookahead

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from moejax.errors import UsageError
+from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import Lookahead, QwenMoeConfig
 
 _MAX_SEED = 2**32 - 1
@@ -53,6 +54,30 @@ def check_recording(config: QwenMoeConfig, lookahead: Lookahead | None) -> None:
         raise UsageError(
             f"a lookahead of {lookahead.width} experts is not possible",
             f"A layer has {config.num_experts}: use 1 to {config.num_experts}.",
+        )
+
+
+def check_fit(config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan) -> None:
+    """Refuses experts or slots that are not of a model.
+
+    Raises:
+      UsageError: They are not.
+    """
+    layout, num_layers = store.layout, len(config.moe_layers)
+    have = (len(store.layers), layout.num_experts, layout.hidden, layout.ffn)
+    want = (num_layers, config.num_experts, config.hidden_size, config.moe_intermediate_size)
+    if have != want:
+        raise UsageError(
+            f"a store of {have} layers, experts, hidden and ffn is not of this model: {want}",
+            "Build the store from the checkpoint of the model.",
+        )
+    if plan.scope == "layer" and (
+        len(plan.slots) != num_layers or max(plan.slots) > config.num_experts
+    ):
+        raise UsageError(
+            f"a plan of {len(plan.slots)} layers and up to {max(plan.slots)} slots does not "
+            f"fit {num_layers} layers of {config.num_experts} experts",
+            "Make a plan of this model.",
         )
 
 

@@ -237,7 +237,8 @@ def choose_prefetch(
     lost = jnp.where(expert == victim[:, None], probability, 0.0).sum(1)
     lost = jnp.where(is_full, lost, 0.0)
     has_room = (~is_full | (lowest < jnp.inf)) & (ahead.num_slots > 0)
-    hidden = jnp.minimum((row + 1).astype(jnp.float32) / layers_per_copy, 1.0)
+    # In shares of a copy as whole numbers, like the simulator: a quotient may round differently.
+    hidden = jnp.minimum(row + 1, layers_per_copy).astype(jnp.float32)
     gain = hidden * (probability - lost[:, None] - _PRICE_RATIO)
     is_wanted = ~is_resident & has_room[:, None] & (probability > 0)
     gain = jnp.where(is_wanted, gain, -jnp.inf)

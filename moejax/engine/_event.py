@@ -54,7 +54,10 @@ class Tables(NamedTuple):
     Attributes:
       slot_of: Slot of each expert; layers that pad their number have none.
       score: What the strategy gave it at its layer's last event; infinite for a prefetch.
-      demand: Tokens that demanded it then.
+      demand: Tokens that demanded it in this step and in the one before: the layers of even steps,
+        then those of odd steps.
+      resident: Whether it was in a slot when its layer's last event came, as 0 or 1.
+      said: What the next gates said then, as `Access.lookahead`; nothing where nobody asks.
       first_slot: First slot of each layer.
       num_slots: Slots of each layer; of a pool, all.
       is_taken: Of a pool, 1 for each slot that is not free.
@@ -66,7 +69,9 @@ class Tables(NamedTuple):
 
     slot_of: Int32[Array, "padded_layers experts"]
     score: Float[Array, "padded_layers experts"]
-    demand: Int32[Array, "layers experts"]
+    demand: Int32[Array, "two_layers experts"]
+    resident: Int32[Array, "layers experts"]
+    said: Float[Array, "asking_layers depth experts"]
     first_slot: Int32[Array, " layers"]
     num_slots: Int32[Array, " layers"]
     is_taken: Int32[Array, " slots"]
@@ -114,12 +119,11 @@ class Served(NamedTuple):
     is_live: Bool[Array, ""]
 
 
-class Learned(NamedTuple):
+class Issued(NamedTuple):
     """What the second half decides, in the shadow of the experts.
 
     Attributes:
-      state: The strategy's new state of the layer.
-      choice: The prefetch to issue; None where the strategy prefetches nothing.
+      choice: The prefetch to issue.
       target: Layer that it is for.
       slot: Slot that it gets.
       slot_of: `slot_of` of that layer.
@@ -127,13 +131,12 @@ class Learned(NamedTuple):
       job: The prefetch under way at the next event.
     """
 
-    state: Any
-    choice: Choice | None = None
-    target: Int32[Array, ""] | None = None
-    slot: Int32[Array, ""] | None = None
-    slot_of: Int32[Array, " experts"] | None = None
-    score: Float[Array, " experts"] | None = None
-    job: Int32[Array, " fields"] | None = None
+    choice: Choice
+    target: Int32[Array, ""]
+    slot: Int32[Array, ""]
+    slot_of: Int32[Array, " experts"]
+    score: Float[Array, " experts"]
+    job: Int32[Array, " fields"]
 
 
 def read_access(
@@ -148,15 +151,16 @@ def read_access(
     """The event as a strategy may see it; see `moejax.strategies.Access`."""
     layers, depth = sizes.shape.num_layers, sizes.shape.depth
     event = tables.step[0] * layers + layer
-    ahead = (layer + 1 + jax.lax.iota(jnp.int32, depth)) % layers
+    further = jax.lax.iota(jnp.int32, depth)
+    ahead = (layer + 1 + further) % layers
     if lookahead is None:
         lookahead = jnp.zeros((depth, sizes.num_padded), jnp.float32)
     return Access(
         event=event,
         layer=layer,
         demand=demand,
-        above=tables.demand[(layer + layers - 1) % layers, :],
-        below_before=tables.demand[ahead, :],
+        above=tables.demand[demand_row(sizes, tables, layer - 1), :],
+        below_before=tables.demand[demand_row(sizes, tables, layer + 1 + further - layers), :],
         resident=resident,
         resident_ahead=tables.slot_of[ahead, :] >= 0,
         capacity=tables.num_slots[layer],
@@ -207,17 +211,16 @@ def serve(
     return Served(settled, slot_of, is_taken, score, landed_rows, counts, is_live)
 
 
-def learn(
+def issue(
     strategy: Strategy, sizes: Sizes, tables: Tables, access: Access, state: Any
-) -> Learned:
-    """The second half of an event: the strategy's memory, and what to prefetch."""
-    state, decision = strategy.step(state, access, None)
-    if sizes.schedule is None:
-        return Learned(state)
+) -> Issued:
+    """The second half of an event: what to prefetch; only for a strategy that does."""
+    _, decision = strategy.step(state, access, None)
+    assert decision.prefetch_probability is not None
+    assert sizes.schedule is not None
     layers, depth = sizes.shape.num_layers, sizes.shape.depth
     rows = (access.layer + 1 + jax.lax.iota(jnp.int32, depth)) % layers
     ahead = Ahead(tables.slot_of[rows, :], tables.score[rows, :], access.capacity_ahead)
-    assert decision.prefetch_probability is not None
     copied_layers = sizes.schedule.layers_per_copy
     choice = choose_prefetch(ahead, decision.prefetch_probability, copied_layers)
     job = _Job.read(tables, sizes, access)
@@ -233,8 +236,7 @@ def learn(
         NUM_FIELDS,
         [job.layer, job.expert, job.slot, job.issued, job.valid * jnp.logical_not(is_free)],
     )
-    return Learned(
-        state,
+    return Issued(
         choice,
         target,
         slot,
@@ -242,6 +244,30 @@ def learn(
         jnp.where(choice.is_issued & is_new, jnp.inf, score),
         jnp.where(choice.is_issued, fresh, going_on),
     )
+
+
+def remember(
+    strategy: Strategy,
+    sizes: Sizes,
+    tables: Tables,
+    replay: ReplayTable | None,
+    layer: Int[Array, ""],
+    state: Any,
+) -> Any:
+    """The strategy's state of one layer after the step, all of whose events are over."""
+    demand = tables.demand[demand_row(sizes, tables, layer), :]
+    said = tables.said[layer, :, :] if sizes.asks_gates else None
+    resident = tables.resident[layer, :] > 0
+    access = read_access(sizes, tables, replay, layer, demand, resident, said)
+    return strategy.step(state, access, None)[0]
+
+
+def demand_row(sizes: Sizes, tables: Tables, layer: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
+    """Row of `Tables.demand` of a layer of this step, or with a negative number of the one before."""
+    layers = sizes.shape.num_layers
+    is_before = layer < 0
+    odd = (tables.step[0] + is_before.astype(jnp.int32)) % 2
+    return odd * layers + layer + layers * is_before.astype(jnp.int32)
 
 
 class _Job(NamedTuple):

@@ -94,7 +94,9 @@ def empty_cache(
     tables = Tables(
         slot_of=jnp.full(table, -1, jnp.int32),
         score=jnp.full(table, -jnp.inf, jnp.float32),
-        demand=jnp.zeros((layers, padded), jnp.int32),
+        demand=jnp.zeros((2 * layers, padded), jnp.int32),
+        resident=jnp.zeros((layers, padded), jnp.int32),
+        said=jnp.zeros((layers if sizes.asks_gates else 1, sizes.shape.depth, padded)),
         first_slot=jnp.asarray(first_slot),
         num_slots=jnp.asarray(num_slots),
         is_taken=jnp.asarray(is_taken, jnp.int32),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_ca
 from moejax.strategies import CacheShape, Strategy
 
 from . import _offload_kernels, _offload_xla
-from ._check import check_prompts, check_recording, check_seed
+from ._check import check_fit, check_prompts, check_recording, check_seed
+from ._dense_model import DenseModel, choose_kernels
 from ._event import COUNTS, ReplayTable
 from ._expert_cache import ExpertCache, OffloadState, booleans, make_replay_table, make_sizes
 from ._expert_cache import empty_cache as empty_expert_cache
@@ -24,12 +26,10 @@ from ._generate import Generation
 from ._programs import Place, ProgramSettings, Routed, cache_bucket, prompt_bucket, routed_of
 from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw, next_tokens
 from ._stream import StreamedPrefill
+from ._warm import WarmUp
 from .kernels._copy import schedule
-from .kernels._dense_weights import DenseWeights, pack_dense, supports
+from .kernels._dense_weights import DenseWeights, pack_dense
 from .kernels._route import Router
-
-KERNELS = ("auto", "pallas", "xla", "interpret")
-"""How a step runs: GPU kernels, plain JAX, or the kernels interpreted; `auto` chooses."""
 
 # Layers of Qwen1.5-MoE whose compute hides the copy of one expert, at a batch of one on an H100.
 _LAYERS_PER_COPY = 5
@@ -60,6 +60,8 @@ class OffloadEngine:
 
     Args:
       model: The model without its routed experts: their parameters are arrays of size zero.
+        Kernels stack its weights; `prepare_model` does it once for several engines and leaves
+        no second copy.
       store: Those experts.
       plan: How many of them the device holds.
       strategy: Which of them.
@@ -73,7 +75,7 @@ class OffloadEngine:
 
     def __init__(
         self,
-        model: QwenMoe,
+        model: QwenMoe | DenseModel,
         store: ExpertStore,
         plan: SlotPlan,
         strategy: Strategy,
@@ -82,29 +84,37 @@ class OffloadEngine:
         layers_per_copy: int = _LAYERS_PER_COPY,
     ):
         self.config: QwenMoeConfig = model.config
-        self.kernels = _choose_kernels(kernels, model.config)
+        self.kernels = choose_kernels(kernels, model)
         self.plan = plan
         self.num_compiles = {"decode": 0}
-        self._check(store, plan)
+        check_fit(model.config, store, plan)
         self._store, self._strategy = store, strategy
         shape = CacheShape(
             len(self.config.moe_layers), self.config.num_experts, self.config.num_experts_per_tok, 1
         )
         self.schedule = schedule(store.layout.num_rows, layers_per_copy)
         self.sizes = make_sizes(shape, store.layout, plan.scope, strategy, self.schedule)
-        self._dtype = model.embed_tokens.weight[...].dtype
+        if isinstance(model, QwenMoe) and self.kernels != "xla":
+            model = DenseModel(model.config, pack_dense(model))
         self._prefill = StreamedPrefill(model, store.layers)
-        if self.kernels == "xla":
-            self._graph, params = nnx.split(model)
-            self._params: Any = params
+        # What reads the future has none here, and a pool's layers compete for the same slots.
+        is_warm = plan.scope == "layer" and plan.num_slots > 0 and not strategy.reads_future
+        self._warm_up = WarmUp(strategy, self.sizes) if is_warm else None
+        self._graph, self._params = None, None
+        if isinstance(model, DenseModel):
+            self._params: Any = model.weights
+            self._dtype = model.weights.embedding.dtype
         else:
-            self._graph, self._params = None, pack_dense(model)
+            self._graph, self._params = nnx.split(model)
+            self._dtype = model.embed_tokens.weight[...].dtype
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @property
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device that do not depend on the batch: dense weights and slots."""
-        dense = sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+        # A tied head is the embedding itself.
+        arrays = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(self._params)}
+        dense = sum(arrays.values())
         slots = self.plan.num_slots * self._store.layout.expert_bytes
         return {"dense": dense, "slots": slots}
 
@@ -121,6 +131,9 @@ class OffloadEngine:
         first_request: int = 0,
     ) -> Generation:
         """Prepares one batch, like `Engine.generate`; prompts are read with streamed experts.
+
+        Where layers have slots of their own, these hold what the strategy would keep had the
+        prompts' last tokens been decoded, see `WarmUp`; a pool starts empty.
 
         Raises:
           UsageError: A prompt is empty, too long or holds what is no token, the strategy needs
@@ -150,14 +163,10 @@ class OffloadEngine:
         start_s = time.perf_counter()
         num_before = self._num_programs()
         step = self._decode_program(settings, 1, is_replayed=False)
-        self._prefill.prepare(settings)
+        self._prepare_prefill(settings)
         is_fresh = self._num_programs() > num_before
         compile_s = time.perf_counter() - start_s if is_fresh else 0.0
         counts: list[Array] = []
-
-        def read():
-            kv, place, logits, routed = self.read(settings, token_ids, num_tokens, draw)
-            return (kv, self._empty_experts()), place, logits, routed
 
         def advance(cache: tuple[KVCache, ExpertCache], place: Place):
             state, output = step(OffloadState(cache[0], place, cache[1]), draw, None)
@@ -167,7 +176,7 @@ class OffloadEngine:
 
         return Generation(
             arrays,
-            prefill=read,
+            prefill=partial(self._begin, settings, token_ids, num_tokens, draw),
             decode=advance,
             max_new_tokens=max_new_tokens,
             stop_token_ids=stop_token_ids,
@@ -176,9 +185,7 @@ class OffloadEngine:
             read_counts=lambda num_steps: self._stack(counts[:num_steps]),
         )
 
-    def new_state(
-        self, batch_size: int, num_positions: int, *, position: int = 0
-    ) -> OffloadState:
+    def new_state(self, batch_size: int, num_positions: int, *, position: int = 0) -> OffloadState:
         """A state to measure from: no experts on the device, and an empty past.
 
         Args:
@@ -244,7 +251,10 @@ class OffloadEngine:
     def advance(
         self, settings: ProgramSettings, state: OffloadState, draw: Draw | None
     ) -> tuple[OffloadState, Int32[Array, " batch"], Routed | None]:
-        """One decode step, for `serve`; the cache that goes in is used up."""
+        """One decode step, for `serve`; the cache that goes in is used up.
+
+        A place that is free takes the step too, and the experts of its token count as demanded.
+        """
         step = self._decode_program(settings, 1, is_replayed=False)
         state, output = step(state, draw, None)
         return state, output.token_ids[0], output.routed
@@ -254,7 +264,31 @@ class OffloadEngine:
         return np.stack(jax.device_get(counts)) if counts else np.zeros(shape, np.int32)
 
     def _num_programs(self) -> int:
-        return sum(self.num_compiles.values()) + sum(self._prefill.num_compiles.values())
+        users = [self, self._prefill, *([self._warm_up] if self._warm_up else [])]
+        return sum(sum(user.num_compiles.values()) for user in users)
+
+    def _begin(
+        self,
+        settings: ProgramSettings,
+        token_ids: Int32[np.ndarray, "batch tokens"],
+        num_tokens: Int32[np.ndarray, " batch"],
+        draw: Draw | None,
+    ) -> tuple[tuple[KVCache, ExpertCache], Place, Float[Array, "batch vocab"], Routed | None]:
+        """Reads prompts and fills the slots meanwhile."""
+        cache, on_layer, filling = self._empty_experts(), None, None
+        if self._warm_up is not None:
+            filling = self._warm_up.begin(settings, cache, num_tokens)
+            on_layer = filling.on_layer
+        kv, place, logits, routed = self._prefill(
+            settings, token_ids, num_tokens, draw, on_layer=on_layer
+        )
+        return (kv, cache if filling is None else filling.finish()), place, logits, routed
+
+    def _prepare_prefill(self, settings: ProgramSettings) -> None:
+        self._prefill.prepare(settings)
+        if self._warm_up is not None:
+            packed = jax.eval_shape(lambda: self._store.layers[0])
+            self._warm_up.prepare(settings, jax.eval_shape(self._empty_experts), packed)
 
     def replay_table(
         self,
@@ -380,35 +414,3 @@ class OffloadEngine:
                 "the oracle knows the future only where recorded routing is replayed",
                 "Replay a trace, or use another strategy.",
             )
-
-    def _check(self, store: ExpertStore, plan: SlotPlan) -> None:
-        config, layout = self.config, store.layout
-        num_layers = len(config.moe_layers)
-        have = (len(store.layers), layout.num_experts, layout.hidden, layout.ffn)
-        want = (num_layers, config.num_experts, config.hidden_size, config.moe_intermediate_size)
-        if have != want:
-            raise UsageError(
-                f"a store of {have} layers, experts, hidden and ffn is not of this model: {want}",
-                "Build the store from the checkpoint of the model.",
-            )
-        if plan.scope == "layer" and (
-            len(plan.slots) != num_layers or max(plan.slots) > config.num_experts
-        ):
-            raise UsageError(
-                f"a plan of {len(plan.slots)} layers and up to {max(plan.slots)} slots does not "
-                f"fit {num_layers} layers of {config.num_experts} experts",
-                "Make a plan of this model.",
-            )
-
-
-def _choose_kernels(kernels: str, config: QwenMoeConfig) -> str:
-    if kernels not in KERNELS:
-        raise UsageError(f"kernels {kernels!r} are not known", f"Known: {', '.join(KERNELS)}.")
-    reason = supports(config)
-    if kernels == "auto":
-        return "pallas" if jax.default_backend() == "gpu" and reason is None else "xla"
-    if kernels != "xla" and reason is not None:
-        raise UsageError(f"the kernels cannot run this model: {reason}", "Use the kernels xla.")
-    if kernels == "pallas" and jax.default_backend() != "gpu":
-        raise UsageError("the kernels need a GPU and there is none", "Use the kernels xla.")
-    return kernels

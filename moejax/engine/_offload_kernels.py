@@ -3,8 +3,9 @@
 Each layer is a chain: queries, keys and values; attention; output projection; router; the shared
 expert's first product, while one program chooses experts and slots; its last product and the
 routed experts' first, those on the host read from there once, used and written through into their
-slots, while one program learns from the event; the routed experts' last product. A prefetched
-expert is copied by a few programs of four of the kernels.
+slots, while one program chooses a prefetch; the routed experts' last product. After the last
+layer the strategy takes the step into its memory. A prefetched expert is copied by a few programs
+of three of the kernels. Several requests need one more kernel, which adds up their experts.
 """
 
 from functools import partial
@@ -28,12 +29,13 @@ from .kernels._dense import (
     router_part,
     shared_down_part,
     shared_up_part,
+    sum_squares,
     tile_of,
 )
 from .kernels._dense_weights import DenseLayers, DenseWeights
-from .kernels._experts import combine, experts_down_part, experts_gate_up_part, tiles_of
-from .kernels._parts import Launch, launch
-from .kernels._route import Router, learn_part, read_learned, read_routed, route_part
+from .kernels._experts import experts_down, experts_gate_up_part, tiles_of
+from .kernels._parts import Launch, Part, launch
+from .kernels._route import Router, issue_part, read_issued, read_routed, remember_step, route_part
 
 _NUM_COLUMNS = 16
 
@@ -58,6 +60,7 @@ class _Stream(NamedTuple):
     """What goes from layer to layer."""
 
     x: Array
+    squares: Array | None
     slots: Array
     tables: Tables
 
@@ -84,7 +87,8 @@ def decode_step(
     batch_size = program.router.batch_size
     x = _columns(weights.embedding[place.token_ids].T)
     turns = rotation(place.positions, config.head_dim, config.rope_theta, x.dtype)
-    stream = _Stream(x, cache.slots, cache.tables)
+    squares = None if batch_size == 1 else sum_squares(x)[None]
+    stream = _Stream(x, squares, cache.slots, cache.tables)
     keys, values, routings = list(kv.keys), list(kv.values), []
     num_hosts = 1 + program.router.sizes.shape.depth
     for number in range(config.num_hidden_layers):
@@ -103,8 +107,10 @@ def decode_step(
         )
         routings.append(_routing(program, number, *routed, lookahead))
     how = _how(program, "head", x.shape[1])
-    logits = head(weights, stream.x, config.rms_norm_eps, how)
-    tables = stream.tables._replace(step=stream.tables.step + 1)
+    logits = head(weights, stream.x, config.rms_norm_eps, how, squares=stream.squares)
+    how = Launch(4, is_interpreted=program.is_interpreted)
+    tables = remember_step(program.router, stream.tables, replay, how)
+    tables = tables._replace(step=tables.step + 1)
     kv = KVCache(tuple(keys), tuple(values))
     return Decoded(
         logits[:, :batch_size].T, kv, ExpertCache(stream.slots, tables), tuple(routings)
@@ -125,11 +131,11 @@ def _layer(
     replay: ReplayTable | None,
 ):
     """One layer; compiled once for all of them, whose number is an operand."""
-    router, (x, slots, tables) = program.router, stream
+    router, (x, squares, slots, tables) = program.router, stream
     schedule, eps = router.sizes.schedule, program.config.rms_norm_eps
     is_interpreted, columns = program.is_interpreted, x.shape[1]
 
-    def copies(name: str, is_live: Array | None = None):
+    def copies(name: str, is_live: Array | None = None) -> Part | None:
         if schedule is None:
             return None
         prefetch = Prefetch(tables.job, tables.step, hosts)
@@ -137,16 +143,23 @@ def _layer(
         return copy_part(prefetch, layer, len(tables.counts), schedule, name, num_warps, is_live)
 
     def run(name: str, parts: list, slots: Array):
-        shared = (slots,) if parts[0] is not None or name in ("experts", "down") else ()
+        shared = (slots,) if parts[0] is not None or name == "experts" else ()
         updated, results = launch(name, parts, _how(program, name, columns), shared=shared)
         return updated[0] if updated else slots, results
 
-    slots, results = run("qkv", [copies("qkv"), qkv_part(layer, weights, x, eps)], slots)
+    slots, results = run("qkv", [copies("qkv"), qkv_part(layer, weights, x, eps, squares=squares)], slots)
     how = Launch(4, is_interpreted=is_interpreted)
     attended, keys, values = attention(positions, turns, results[-1][0], keys, values, how=how)
     _, results = run("output", [None, output_part(layer, weights, x, attended)], slots)
-    x = results[-1][0]
-    asked = router_part(layer, weights, x, eps, num_ahead=program.num_ahead)
+    x, *squares = results[-1]
+    asked = router_part(
+        layer,
+        weights,
+        x,
+        eps,
+        squares=squares[0] if squares else None,
+        num_ahead=program.num_ahead,
+    )
     _, results = run("router", [None, asked], slots)
     logits, normed, *ahead = results[-1]
     slots, results = run(
@@ -165,28 +178,19 @@ def _layer(
         "experts",
         [
             copies("experts", active.is_live),
-            learn_part(
-                router, layer, routed.resident, tables, replay, ahead[0] if ahead else None
-            ),
+            issue_part(router, layer, tables, replay, ahead[0] if ahead else None),
             experts_gate_up_part(active, normed, hosts[0], is_interpreted=is_interpreted),
             shared_down_part(layer, weights, x, logits, shared_hidden),
         ],
         slots,
     )
-    *_, learned, (inner,), (y,) = results
-    slots, results = run(
-        "down",
-        [
-            copies("down", active.is_live),
-            experts_down_part(active, y, inner, hosts[0], is_interpreted=is_interpreted),
-        ],
-        slots,
-    )
-    answers = results[-1]
-    tables = read_learned(tables, learned)
-    x = combine(y, answers[0], x.dtype)
+    *others, (inner,), (y,) = results
+    if schedule is not None:
+        tables = read_issued(tables, others[-1])
+    how = _how(program, "down", columns)
+    x, slots, squares = experts_down(active, y, inner, hosts[0], slots, how)
     found = (routed.selected_experts, routed.routing_weights, logits, ahead[0] if ahead else None)
-    return _Stream(x, slots, tables), keys, values, found
+    return _Stream(x, squares, slots, tables), keys, values, found
 
 
 def _routing(program: Program, number: int, selected, weights, logits, ahead, lookahead) -> Routing:

@@ -16,8 +16,8 @@ from moejax.qwen_moe.modeling import DecoderLayer, SparseMoeBlock
 from moejax.strategies import Strategy
 
 from ._directory import Settled
-from ._event import PREFETCHES, Learned, ReplayTable, Served, Sizes, Tables
-from ._event import learn, read_access, serve
+from ._event import PREFETCHES, Issued, ReplayTable, Served, Sizes, Tables
+from ._event import demand_row, issue, read_access, remember, serve
 from ._expert_cache import ExpertCache, OffloadState, booleans
 
 # So many experts are spelled out one after another; more go round a loop.
@@ -78,7 +78,7 @@ def decode_step(
         if lookahead is not None:
             routing = routing._replace(lookahead=model.foresee(stream, number, lookahead))
         routings.append(routing)
-    tables = cache.tables._replace(step=cache.tables.step + 1)
+    tables = _remember(cache.tables, strategy, sizes, replay)
     logits = model.logits(model.norm(x)[:, 0])
     kv = KVCache(tuple(keys), tuple(values))
     return Decoded(logits, kv, cache._replace(tables=tables), tuple(routings))
@@ -100,21 +100,24 @@ def _feed_forward(
     demand = chosen.sum((0, 1), dtype=jnp.int32)
     resident = tables.slot_of[index] >= 0
     access = read_access(sizes, tables, replay, index, demand, resident, said)
-    mine = jax.tree.map(
-        lambda leaf, is_bool: leaf[index] != 0 if is_bool else leaf[index],
-        tables.state,
-        booleans(strategy, sizes),
-    )
+    mine = jax.tree.map(lambda leaf: leaf[index], _read_state(tables, strategy, sizes))
     served = serve(strategy, sizes, tables, access, mine)
     num_active = min(routing.selected_experts.size, sizes.shape.num_experts)
     routed, slots = _compute(
         flat, weights, hosts[moe_layer], cache.slots, demand > 0, served.settled, num_active
     )
-    tables = _after(tables, served, index, demand)
-    learned = learn(strategy, sizes, tables, access, mine)
-    tables = _learned(tables, learned, index)
-    if learned.choice is not None:
-        slots = _prefetch(slots, hosts, learned)
+    row = demand_row(sizes, tables, index)
+    tables = tables._replace(
+        demand=tables.demand.at[row].set(demand),
+        resident=tables.resident.at[index].set(resident.astype(jnp.int32)),
+    )
+    if said is not None:
+        tables = tables._replace(said=tables.said.at[index].set(said))
+    tables = _after(tables, served, index)
+    if sizes.schedule is not None:
+        issued = issue(strategy, sizes, tables, access, mine)
+        tables = _issued(tables, issued, index)
+        slots = _prefetch(slots, hosts, issued)
     shared = jax.nn.sigmoid(layer.mlp.shared_expert_gate(flat)) * layer.mlp.shared_expert(flat)
     y = routed.astype(x.dtype) + shared
     return x + y.reshape(x.shape), routing, ExpertCache(slots, tables)
@@ -236,11 +239,10 @@ def _to_device(array: Array) -> Array:
     return jax.device_put(array, jax.memory.Space.Device)
 
 
-def _after(tables: Tables, served: Served, layer: Array, demand: Array) -> Tables:
+def _after(tables: Tables, served: Served, layer: Array) -> Tables:
     settled = served.settled
     tables = tables._replace(
         score=tables.score.at[layer].set(served.score),
-        demand=tables.demand.at[layer].set(demand),
         counts=tables.counts.at[layer].set(served.counts),
     )
     if served.slot_of is None or served.is_taken is None:
@@ -248,34 +250,49 @@ def _after(tables: Tables, served: Served, layer: Array, demand: Array) -> Table
     return tables._replace(slot_of=served.slot_of, is_taken=served.is_taken)
 
 
-def _learned(tables: Tables, learned: Learned, layer: Array) -> Tables:
-    state = jax.tree.map(
-        lambda leaf, new: leaf.at[layer].set(new.astype(leaf.dtype)), tables.state, learned.state
-    )
-    tables = tables._replace(state=state)
-    if learned.choice is None:
-        return tables
-    is_issued: Bool[Array, ""] = learned.choice.is_issued
-    issued: Int32[Array, ""] = is_issued.astype(jnp.int32)
+def _issued(tables: Tables, issued: Issued, layer: Array) -> Tables:
+    num_issued = issued.choice.is_issued.astype(jnp.int32)
     return tables._replace(
-        slot_of=tables.slot_of.at[learned.target].set(learned.slot_of),
-        score=tables.score.at[learned.target].set(learned.score),
-        job=learned.job,
-        counts=tables.counts.at[layer, PREFETCHES].set(issued),
+        slot_of=tables.slot_of.at[issued.target].set(issued.slot_of),
+        score=tables.score.at[issued.target].set(issued.score),
+        job=issued.job,
+        counts=tables.counts.at[layer, PREFETCHES].set(num_issued),
     )
 
 
-def _prefetch(slots: Array, hosts: tuple[Array, ...], learned: Learned) -> Array:
+def _remember(
+    tables: Tables, strategy: Strategy, sizes: Sizes, replay: ReplayTable | None
+) -> Tables:
+    """The strategy's memory of the step, of all layers at once."""
+
+    def one(layer, state):
+        return remember(strategy, sizes, tables, replay, layer, state)
+
+    layers = jnp.arange(sizes.shape.num_layers, dtype=jnp.int32)
+    state = jax.vmap(one)(layers, _read_state(tables, strategy, sizes))
+    state = jax.tree.map(lambda leaf, new: new.astype(leaf.dtype), tables.state, state)
+    return tables._replace(state=state, step=tables.step + 1)
+
+
+def _read_state(tables: Tables, strategy: Strategy, sizes: Sizes) -> Any:
+    return jax.tree.map(
+        lambda leaf, is_boolean: leaf != 0 if is_boolean else leaf,
+        tables.state,
+        booleans(strategy, sizes),
+    )
+
+
+def _prefetch(slots: Array, hosts: tuple[Array, ...], issued: Issued) -> Array:
     """Copies at once what a GPU copies bit by bit under the next layers' compute."""
-    choice: Any = learned.choice
+    choice = issued.choice
 
     def copy_from(host):
         def copy(slots):
             packed = _to_device(_at(host, choice.expert))
-            return jax.lax.dynamic_update_index_in_dim(slots, packed, learned.slot, 0)
+            return jax.lax.dynamic_update_index_in_dim(slots, packed, issued.slot, 0)
 
         return copy
 
     branches = [lambda slots: slots, *map(copy_from, hosts)]
-    number = jnp.where(choice.is_issued, learned.target + 1, 0)
+    number = jnp.where(choice.is_issued, issued.target + 1, 0)
     return jax.lax.switch(number, branches, slots)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int32, Shaped
 
 from moejax.offload import unpack
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, Routing
 from moejax.qwen_moe import experts as compute_experts
 
+from ._dense_model import DenseModel, Outline, Params, take_apart
 from ._programs import (
     PREFILL_OPTIONS,
     Place,
@@ -45,7 +45,8 @@ class StreamedPrefill:
     All layers with experts share one compiled program, and all others a second one.
 
     Args:
-      model: The model; its own routed experts are not looked at and may be empty.
+      model: The model; its own routed experts are not looked at and may be empty. Of stacked
+        weights, each layer's are copied out while it computes.
       layers: Packed experts of every layer that has some, see `ExpertLayout`. They stay where
         they are; copies go to the device.
       experts: How the routed experts are computed, see `moejax.qwen_moe.EXPERTS`.
@@ -56,7 +57,7 @@ class StreamedPrefill:
 
     def __init__(
         self,
-        model: QwenMoe,
+        model: QwenMoe | DenseModel,
         layers: Sequence[Shaped[Array, "experts ffn3 hidden"]],
         *,
         experts: str = "auto",
@@ -65,8 +66,7 @@ class StreamedPrefill:
         self._moe_layers = model.config.moe_layers
         self._experts = experts
         self._packed = dict(zip(self._moe_layers, layers, strict=True))
-        self._model = _split(model)
-        self._layers = [_split(layer) for layer in model.layers]
+        self._parts = take_apart(model)
         self._compiled: dict[tuple[str, Any], _Program] = {}
         self._ready: dict[ProgramSettings, _Programs] = {}
 
@@ -100,7 +100,7 @@ class StreamedPrefill:
         embed, layers, head = self._ready[settings]
         waiting = iter(self._packed.values())
         on_device = deque(_send(packed) for packed in islice(waiting, 2))
-        x = embed.call(self._model.params, token_ids)
+        x = embed.call(self._parts.outer_params, token_ids)
         outputs, users = [], []
         for number, program in enumerate(layers):
             packed = on_device.popleft() if number in self._packed else None
@@ -116,26 +116,27 @@ class StreamedPrefill:
             users = [x]
             if on_layer is not None:
                 users.append(on_layer(self._moe_layers.index(number), packed, output[-1]))
-        return head.call(self._model.params, x, *_collect(outputs), num_tokens, draw)
+        return head.call(self._parts.outer_params, x, *_collect(outputs), num_tokens, draw)
 
     def _programs(self, settings: ProgramSettings) -> "_Programs":
         rows, lookahead = settings.batch_size, settings.lookahead
         shape = (rows, settings.num_tokens)
-        whole = self._model
+        whole, params = self._parts.outer, self._parts.outer_params
 
         def embed(params, token_ids):
             return whole.merge(params).embed_tokens(token_ids)
 
         token_ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-        first = self._compile("embed", shape, embed, whole.params, token_ids)
+        first = self._compile("embed", shape, embed, params, token_ids)
         layers = []
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self._parts.layers):
             packed = self._packed.get(number)
             if packed is not None:
                 packed = jax.ShapeDtypeStruct(packed.shape, packed.dtype)
-            run = partial(_run_layer, layer, self._experts, lookahead)
-            weights = self._weights(number, lookahead)
-            key = (layer.graph, shape, lookahead)
+            run = partial(_run_layer, layer.outline, self._experts, lookahead)
+            gates = [layer.gate_shapes] * len(self._following(number, lookahead)[0])
+            weights = (layer.shapes, gates, jax.ShapeDtypeStruct((), jnp.int32))
+            key = (layer.outline.graph, shape, lookahead)
             layers.append(self._compile("layer", key, run, *weights, packed, first.output))
 
         def head(params, x, cache, routings, num_tokens, draw):
@@ -146,9 +147,7 @@ class StreamedPrefill:
         said = _collect([layer.output[1:] for layer in layers])
         num_tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
         draw = None if settings.is_greedy else abstract_draw(rows)
-        last = self._compile(
-            "head", settings, head, whole.params, first.output, *said, num_tokens, draw
-        )
+        last = self._compile("head", settings, head, params, first.output, *said, num_tokens, draw)
         return _Programs(first, layers, last)
 
     def _compile(
@@ -168,28 +167,19 @@ class StreamedPrefill:
 
     def _weights(
         self, number: int, lookahead: Lookahead | None
-    ) -> tuple[list[Array], list[list[Array]], np.int32]:
-        """The parameters of one layer, of the layers whose gates it asks, and how many these are.
+    ) -> tuple[Params, list[Params], np.int32]:
+        """The parameters of one layer, the gates it asks, and how many of these there are."""
+        layers, (asked, num_asked) = self._parts.layers, self._following(number, lookahead)
+        return layers[number].take(), [layers[n].take_gate() for n in asked], np.int32(num_asked)
 
-        Where fewer follow, the layer's own stand in, so that one program fits all.
+    def _following(self, number: int, lookahead: Lookahead | None) -> tuple[list[int], int]:
+        """The layers whose gates one asks, and how many of these there are.
+
+        Where fewer follow, the layer's own stands in, so that one program fits all.
         """
-        own = self._layers[number].params
         depth = 0 if lookahead is None or number not in self._packed else lookahead.depth
         following = [layer for layer in self._moe_layers if layer > number][:depth]
-        ahead = [self._layers[layer].params for layer in following]
-        ahead += [own] * (depth - len(ahead))
-        return own, ahead, np.int32(len(following))
-
-
-class _Split(NamedTuple):
-    """A module as plain arrays and what puts them together again."""
-
-    graph: Any
-    tree: Any
-    params: list[Array]
-
-    def merge(self, params: list[Array]) -> Any:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
+        return following + [number] * (depth - len(following)), len(following)
 
 
 class _Program(NamedTuple):
@@ -207,19 +197,13 @@ class _Programs(NamedTuple):
     head: _Program
 
 
-def _split(module: nnx.Module) -> _Split:
-    graph, state = nnx.split(module)
-    params, tree = jax.tree.flatten(state)
-    return _Split(graph, tree, params)
-
-
 def _run_layer(
-    layer: _Split,
+    layer: Outline,
     experts: str,
     lookahead: Lookahead | None,
-    params: list[Array],
-    ahead: list[list[Array]],
-    num_ahead: Array,
+    params: Params,
+    gates: list[Params],
+    num_gates: Array,
     packed: Array | None,
     x: Array,
 ) -> tuple[Array, tuple[Array, Array], Routing | None]:
@@ -234,8 +218,9 @@ def _run_layer(
 
     x, routing = module.feed_forward(stream, implementation=compute)
     if routing is not None and lookahead is not None:
-        said = jnp.stack([layer.merge(a).foresee(stream, lookahead.width) for a in ahead], axis=1)
-        is_there = jnp.arange(lookahead.depth) < num_ahead
+        said = [layer.merge(gate).foresee(stream, lookahead.width) for gate in gates]
+        said = jnp.stack(said, axis=1)
+        is_there = jnp.arange(lookahead.depth) < num_gates
         routing = routing._replace(lookahead=jnp.where(is_there[None, :, None], said, -1))
     return x, cached, routing
 

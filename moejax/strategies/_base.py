@@ -10,8 +10,8 @@ over layers (ranks) or walk through them (timeline, engine).
 
 The engine traces `step` inside a GPU kernel of one program, where experts are padded to a power
 of two by ones that are never demanded. So a step is elementwise work, reductions and prefix sums:
-it joins, slices and indexes nothing, holds no array of its own, and what depends on how many
-experts there are is a number in its state.
+it slices and indexes nothing, joins two arrays along a new last axis at most, holds no array of
+its own, and what depends on how many experts there are is a number in its state.
 """
 
 from collections.abc import Callable

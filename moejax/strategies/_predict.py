@@ -98,7 +98,7 @@ def transitions(
         num_tokens = jnp.maximum(demand.sum() / state.topk, 1.0)
         vote = demand / (state.topk * num_tokens) / (num_uses + _SMOOTHING_USES)
         chance = _SMOOTHING_USES * vote.sum() * state.topk / state.num_experts
-        share = (vote[None, :, None] * num_pairs).sum(1) + chance
+        share = _tally(vote, num_pairs) + chance
         probability = _any_of(_sharpen(share, sharpness), num_tokens)
         exists = jnp.arange(len(demand)) < state.num_experts
         return state._replace(
@@ -180,6 +180,16 @@ def calibrated(predictor: Predictor) -> Predictor:
         return state, probability * scale[:, None]
 
     return predictor._replace(init=init, step=step)
+
+
+def _tally(
+    vote: Float[Array, " experts"], num_pairs: Float[Array, "ahead experts experts"]
+) -> Float[Array, "ahead experts"]:
+    """The counts of each layer ahead, weighted and summed over the experts they lead from."""
+    if len(num_pairs) > 1:
+        return (vote[None, :, None] * num_pairs).sum(1)
+    # Beside an axis of one, XLA's sum on a CPU is several times slower.
+    return (vote[:, None] * num_pairs.reshape(num_pairs.shape[1:])).sum(0)[None]
 
 
 def _sharpen(probability: Float[Array, "*lanes"], sharpness: float) -> Float[Array, "*lanes"]:

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.engine import Engine, NewToken, Sampling, serve
+from moejax.engine import Engine, NewToken, OffloadEngine, Sampling, serve
 from moejax.engine._engine import DecodeState
 from moejax.engine._programs import Place
 from moejax.engine._serve import _put
 from moejax.errors import BackendError, UsageError
+from moejax.offload import SlotPlan
 from moejax.qwen_moe import KVCache, Lookahead, empty_cache
+from moejax.strategies import STRATEGIES
 
+from ._offloaded import take_apart
 from ._tiny import CONFIG, ONE_LAYER, random_model
 
 # Buckets of 16, 16, 32, 16 and 16 tokens.
@@ -42,6 +45,17 @@ def test_everyone_gets_the_text_that_it_gets_alone(engine, alone, batch_size):
     # The first token of a text comes with its prompt; all places are busy as long as they can be.
     rounds = -(-len(PROMPTS) // batch_size)
     assert service.num_steps == rounds * (NUM_NEW - 1)
+
+
+def test_places_are_taken_again_with_experts_on_the_host(alone):
+    """The slots hold what the one who left has used; nobody's text depends on it."""
+    plan, strategy = SlotPlan("layer", (2, 3)), STRATEGIES["lru"].make(None)
+    engine = OffloadEngine(*take_apart(CONFIG), plan, strategy, kernels="xla")
+    stop = {alone[0][1]}
+    service = serve(engine, PROMPTS, batch_size=2, max_new_tokens=NUM_NEW, stop_token_ids=stop)
+    expected = [text[: _length(text, stop)] for text in alone]
+    assert service.finish().token_ids == expected
+    assert engine.num_compiles == {"decode": 1}
 
 
 def test_a_place_is_taken_while_others_go_on(engine, alone):

@@ -1,5 +1,6 @@
 """Streamed prefill: bit for bit what the resident program gives, two layers' experts at a time."""
 
+import gc
 from dataclasses import replace
 
 import jax
@@ -8,14 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.engine import Engine, _stream
+from moejax.engine import DenseModel, Engine, OffloadEngine, _stream, prepare_model
 from moejax.engine._programs import ProgramSettings
 from moejax.engine._sampling import Sampling, make_draw
 from moejax.engine._stream import StreamedPrefill
-from moejax.offload import pack
-from moejax.qwen_moe import Lookahead, QwenMoe, RoutedExperts
+from moejax.errors import UsageError
+from moejax.offload import SlotPlan, pack
+from moejax.qwen_moe import Lookahead, QwenMoe, RoutedExperts, abstract
 from moejax.qwen_moe.modeling import SparseMoeBlock
+from moejax.strategies import STRATEGIES
 
+from ._offloaded import take_apart
 from ._tiny import CONFIG, random_model
 
 NUM_TOKENS = [3, 16, 9]
@@ -24,6 +28,14 @@ SETTINGS = ProgramSettings(
 )
 # Layers 0, 2, 3 and 4 have experts.
 DEEP = replace(CONFIG, num_hidden_layers=5)
+FOR_KERNELS = replace(
+    CONFIG,
+    hidden_size=32,
+    num_hidden_layers=2,
+    mlp_only_layers=(),
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=32,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +60,61 @@ def test_the_resident_program_bit_for_bit(dtype, config, lookahead, sampling):
     for one, other in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config", "lookahead"),
+    [
+        (jnp.float32, FOR_KERNELS, Lookahead(2, 3)),
+        (
+            jnp.bfloat16,
+            replace(FOR_KERNELS, tie_word_embeddings=True, qkv_bias=False, num_experts=16),
+            None,
+        ),
+    ],
+)
+def test_stacked_weights_give_the_same_bits(dtype, config, lookahead):
+    """What kernels decode with, cut into layers again."""
+    model, layers = _taken_apart(random_model(config, dtype=dtype))
+    settings = SETTINGS._replace(lookahead=lookahead)
+    expected = StreamedPrefill(model, layers)(settings, *_prompts(), None)
+    stacked = prepare_model(model, "interpret")
+    assert isinstance(stacked, DenseModel)
+    prefill = StreamedPrefill(stacked, layers)
+    jax.tree.map(np.testing.assert_array_equal, prefill(settings, *_prompts(), None), expected)
+    assert prefill.num_compiles == {"embed": 1, "layer": 1, "head": 1}
+
+
+def test_dense_weights_are_there_once():
+    """Several engines, after they have read a prompt, hold what one of them says it does."""
+    before = {id(array) for array in jax.live_arrays()}
+    shell, store = take_apart(FOR_KERNELS)
+    model = prepare_model(shell, "interpret")
+    plan, strategy = SlotPlan("layer", (2, 2)), STRATEGIES["lru"].make(None)
+    engines = [OffloadEngine(model, store, plan, strategy, kernels="interpret") for _ in range(2)]
+    for engine in engines:
+        engine.read(SETTINGS, *_prompts(), None)
+    del shell, model
+    gc.collect()
+    experts = sum(layer.nbytes for layer in store.layers)
+    alive = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+    dense = engines[0].device_bytes["dense"]
+    parameters = nnx.state(abstract(FOR_KERNELS, jnp.float32), nnx.Not(RoutedExperts))
+    assert dense > 4 * sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    assert alive == dense + experts
+
+
+def test_a_model_is_left_as_it_was_unless_it_is_prepared():
+    model, store = take_apart(FOR_KERNELS)
+    plan, strategy = SlotPlan("layer", (2, 2)), STRATEGIES["lru"].make(None)
+    OffloadEngine(model, store, plan, strategy, kernels="interpret")
+    weight = model.layers[1].self_attn.q_proj.weight
+    assert weight[...].size == FOR_KERNELS.hidden_size**2
+    assert prepare_model(model, "xla") is model
+    prepared = prepare_model(model, "interpret")
+    assert model.layers[1].self_attn.q_proj.weight[...].size == 0
+    with pytest.raises(UsageError, match="prepared for kernels"):
+        OffloadEngine(prepared, store, plan, strategy, kernels="xla")
 
 
 def test_every_layer_gets_its_own_experts():

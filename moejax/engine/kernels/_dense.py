@@ -32,9 +32,9 @@ class Tile(NamedTuple):
 TILES = {
     "qkv": (Tile(4, 2048, 4), Tile(16, 256, 4, 3)),
     "output": (Tile(1, 2048, 1), Tile(16, 256, 4, 3)),
-    "router": (Tile(1, 2048, 1), Tile(16, 512, 4, 2)),
-    "shared_up": (Tile(4, 2048, 4), Tile(16, 256, 4, 3)),
-    "shared_down": (Tile(4, 2048, 4), Tile(16, 256, 4, 3)),
+    "router": (Tile(1, 2048, 1), Tile(1, 512, 4)),
+    "shared_up": (Tile(2, 2048, 4), Tile(16, 256, 8, 3)),
+    "shared_down": (Tile(4, 2048, 8), Tile(16, 128, 2, 5)),
     "head": (Tile(4, 2048, 4), Tile(32, 256, 4, 3)),
 }
 """Cut of each product: for one request, measured on an H100, and for up to 16, estimated.
@@ -54,6 +54,7 @@ def qkv_part(
     x: Float[Array, "hidden batch"],
     eps: float,
     *,
+    squares: Float[Array, "parts batch"] | None = None,
     tile: Tile | None = None,
 ) -> Part:
     """Queries, keys and values of the normed stream, with their bias.
@@ -63,6 +64,7 @@ def qkv_part(
       weights: Weights of all layers.
       x: Residual stream.
       eps: Added to the mean square in the norm.
+      squares: Sums over parts of its squares, where they are known; see `output_part`.
       tile: How to cut the product; None takes `TILES`.
 
     Returns:
@@ -71,13 +73,14 @@ def qkv_part(
     batch = x.shape[1]
     tile = tile or _tile_for("qkv", x)
     size, hidden = weights.qkv.shape[1:]
-    rows = fit_rows(tile.rows, size)
+    rows, given = fit_rows(tile.rows, size), () if squares is None else (squares,)
+    num_refs = 6 + len(given)
 
     def body(program, *refs):
-        layer_ref, norm_ref, weight_ref, bias_ref, x_ref, out_ref = refs[-6:]
+        layer_ref, norm_ref, weight_ref, bias_ref, x_ref, *known, out_ref = refs[-num_refs:]
         number = layer_ref[0]
         row = first_row(program, rows, size)
-        normed = _normed(x_ref, norm_ref, (number,), eps, tile.columns)
+        normed = _normed(x_ref, norm_ref, (number,), eps, tile.columns, *known)
         read = read_matrix(weight_ref, (number,), row, rows)
         (y,) = products([read], normed, hidden, rows, tile.columns, batch)
         bias = bias_ref[number, pl.ds(row, rows)]
@@ -88,7 +91,7 @@ def qkv_part(
     return Part(
         num_programs=pl.cdiv(size, rows),
         body=body,
-        inputs=(layer, weights.input_norm, weights.qkv, weights.qkv_bias, x),
+        inputs=(layer, weights.input_norm, weights.qkv, weights.qkv_bias, x, *given),
         outputs=(jax.ShapeDtypeStruct((size, batch), x.dtype),),
     )
 
@@ -111,7 +114,8 @@ def output_part(
       tile: How to cut the product; None takes `TILES`.
 
     Returns:
-      A part with one output, the stream [hidden, batch].
+      A part with the stream [hidden, batch] and, for several requests, the sums of its squares
+      over each program's rows, float32 [parts, batch]: the next norm's work half done.
     """
     batch = x.shape[1]
     tile = tile or _tile_for("output", x)
@@ -119,20 +123,34 @@ def output_part(
     rows = fit_rows(tile.rows, size)
 
     def body(program, *refs):
-        layer_ref, weight_ref, x_ref, attended_ref, out_ref = refs[-5:]
+        layer_ref, weight_ref, x_ref, attended_ref, out_ref, *square_refs = refs[-num_refs:]
         row = first_row(program, rows, size)
         read = read_matrix(weight_ref, (layer_ref[0],), row, rows)
         (y,) = products(
             [read], read_activations(attended_ref), num_columns, rows, tile.columns, batch
         )
-        write(out_ref, row, rows, read_activations(x_ref)(row, rows) + y.astype(out_ref.dtype))
+        stream = read_activations(x_ref)(row, rows) + y.astype(out_ref.dtype)
+        write(out_ref, row, rows, stream)
+        for square_ref in square_refs:
+            square_ref[program, :] = sum_squares(stream)
 
+    num_programs = pl.cdiv(size, rows)
+    # Rows of the last two programs would be counted twice where they overlap.
+    has_squares = batch > 1 and size % rows == 0
+    squares = jax.ShapeDtypeStruct((num_programs, batch), jnp.float32)
+    num_refs = 5 + has_squares
     return Part(
-        num_programs=pl.cdiv(size, rows),
+        num_programs=num_programs,
         body=body,
         inputs=(layer, weights.output, x, attended),
-        outputs=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
+        outputs=(jax.ShapeDtypeStruct(x.shape, x.dtype), *([squares] if has_squares else [])),
     )
+
+
+def sum_squares(x: Float[Array, "rows batch"]) -> Float[Array, " batch"]:
+    """Sum over some rows of the stream's squares, in float32."""
+    wide = x.astype(jnp.float32)
+    return jnp.sum(wide * wide, axis=0)
 
 
 def router_part(
@@ -141,6 +159,7 @@ def router_part(
     x: Float[Array, "hidden batch"],
     eps: float,
     *,
+    squares: Float[Array, "parts batch"] | None = None,
     num_ahead: int = 0,
     tile: Tile | None = None,
 ) -> Part:
@@ -151,6 +170,7 @@ def router_part(
       weights: Weights of all layers.
       x: Residual stream after attention.
       eps: Added to the mean square in the norm.
+      squares: Sums over parts of its squares, where they are known; see `output_part`.
       num_ahead: How many of the following layers' norms and routers also see this stream; after
         the last layer follows the first.
       tile: How to cut the products; None takes `TILES`.
@@ -164,46 +184,52 @@ def router_part(
     batch = x.shape[1]
     tile = tile or _tile_for("router", x)
     num_layers, num_logits, hidden = weights.router.shape
-    num_experts = num_logits - NUM_GATE_ROWS
-    # Rows that divide 16, as the routers' do, so that no program straddles two layers.
-    rows = fit_rows(tile.rows, NUM_GATE_ROWS)
-    num_own = num_logits // rows
+    num_experts, given = num_logits - NUM_GATE_ROWS, () if squares is None else (squares,)
+    # The first programs write the normed stream, the others answer for one row of a router each.
+    cuts = pieces(hidden, tile.columns)
+    num_refs = 6 + len(given) + (num_ahead > 0)
 
     def body(program, *refs):
-        num_refs = 6 + (num_ahead > 0)
-        layer_ref, norm_ref, router_ref, x_ref, *outputs = refs[-num_refs:]
+        layer_ref, norm_ref, router_ref, x_ref, *others = refs[-num_refs:]
+        known, outputs = others[: len(given)], others[len(given) :]
         number = layer_ref[0]
 
         def answer(of_layer, row):
-            reader = read_matrix(router_ref, (of_layer,), row, rows)
-            normed = _normed(x_ref, norm_ref, (of_layer,), eps, tile.columns)
-            (y,) = products([reader], normed, hidden, rows, tile.columns, batch)
-            return y.astype(x_ref.dtype).astype(jnp.float32)
+            normed = _normed(x_ref, norm_ref, (of_layer,), eps, tile.columns, *known)
+            total = jnp.zeros((batch,), jnp.float32)
+            for offset, length in cuts:
+                row_weights = router_ref[of_layer, row, pl.ds(offset, length)]
+                values = normed(offset, length).astype(jnp.float32).reshape(length, batch)
+                total += jnp.sum(row_weights.astype(jnp.float32)[:, None] * values, axis=0)
+            return total.astype(x_ref.dtype).astype(jnp.float32)
 
-        @pl.when(program == 0)
-        def _():
-            normed = _normed(x_ref, norm_ref, (number,), eps, tile.columns)
-            for offset, length in pieces(hidden, tile.columns):
+        for turn, (offset, length) in enumerate(cuts):
+
+            @pl.when(program == turn)
+            def _(offset=offset, length=length):
+                normed = _normed(x_ref, norm_ref, (number,), eps, tile.columns, *known)
                 write(outputs[1], offset, length, normed(offset, length).astype(x_ref.dtype))
 
-        @pl.when(program < num_own)
+        row = program - len(cuts)
+
+        @pl.when((row >= 0) & (row < num_logits))
         def _():
-            write(outputs[0], program * rows, rows, answer(number, program * rows))
+            outputs[0][row, :] = answer(number, row)
 
         if num_ahead:
 
-            @pl.when(program >= num_own)
+            @pl.when(row >= num_logits)
             def _():
-                place = (program - num_own) * rows
-                ahead, row = jax.lax.div(place, num_experts), jax.lax.rem(place, num_experts)
+                place = row - num_logits
+                ahead, expert = jax.lax.div(place, num_experts), jax.lax.rem(place, num_experts)
                 other = jax.lax.rem(number + 1 + ahead, num_layers)
-                write(outputs[2], row, rows, answer(other, row), (ahead,))
+                outputs[2][ahead, expert, :] = answer(other, expert)
 
     ahead = jax.ShapeDtypeStruct((num_ahead, num_experts, batch), jnp.float32)
     return Part(
-        num_programs=num_own + num_ahead * num_experts // rows,
+        num_programs=len(cuts) + num_logits + num_ahead * num_experts,
         body=body,
-        inputs=(layer, weights.post_norm, weights.router, x),
+        inputs=(layer, weights.post_norm, weights.router, x, *given),
         outputs=(
             jax.ShapeDtypeStruct((num_logits, batch), jnp.float32),
             jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -306,6 +332,7 @@ def head(
     eps: float,
     how: Launch | None = None,
     *,
+    squares: Float[Array, "parts batch"] | None = None,
     tile: Tile | None = None,
 ) -> Float[Array, "vocab batch"]:
     """Scores of the next token.
@@ -315,6 +342,7 @@ def head(
       x: Residual stream after the last layer.
       eps: Added to the mean square in the norm.
       how: How the kernel runs; None takes what is best for the tile.
+      squares: Sums over parts of the stream's squares, where they are known; see `output_part`.
       tile: How to cut the product; None takes `TILES`.
     """
     batch = x.shape[1]
@@ -322,9 +350,12 @@ def head(
     size, hidden = weights.head.shape
     rows = fit_rows(tile.rows, size)
 
-    def body(program, norm_ref, weight_ref, x_ref, out_ref):
+    given = () if squares is None else (squares,)
+
+    def body(program, norm_ref, weight_ref, x_ref, *others):
+        *known, out_ref = others
         row = first_row(program, rows, size)
-        normed = _normed(x_ref, norm_ref, (), eps, tile.columns)
+        normed = _normed(x_ref, norm_ref, (), eps, tile.columns, *known)
         read = read_matrix(weight_ref, (), row, rows)
         (y,) = products([read], normed, hidden, rows, tile.columns, batch)
         write(out_ref, row, rows, y)
@@ -332,7 +363,7 @@ def head(
     part = Part(
         num_programs=pl.cdiv(size, rows),
         body=body,
-        inputs=(weights.final_norm, weights.head, x),
+        inputs=(weights.final_norm, weights.head, x, *given),
         outputs=(jax.ShapeDtypeStruct((size, batch), jnp.float32),),
     )
     _, ((logits,),) = launch("head", [part], how or Launch(tile.num_warps, tile.num_stages))
@@ -346,7 +377,7 @@ def _tile_for(name: str, x: Array) -> Tile:
     return tile._replace(columns=tile.columns // 4) if is_wide else tile
 
 
-def _normed(x_ref, norm_ref, at: tuple, eps: float, columns: int) -> Reader:
+def _normed(x_ref, norm_ref, at: tuple, eps: float, columns: int, squares_ref=None) -> Reader:
     """Reads the normed stream, which every program norms anew: cheaper than a kernel before."""
     read = read_activations(x_ref)
     hidden, batch = x_ref.shape
@@ -365,12 +396,16 @@ def _normed(x_ref, norm_ref, at: tuple, eps: float, columns: int) -> Reader:
 
     num_whole = hidden // columns
     squares = jnp.zeros((batch,), jnp.float32)
-    if num_whole:
-        squares = jax.lax.fori_loop(
-            0, num_whole, lambda i, s: add(s, i * columns, columns), squares
-        )
-    for offset, length in pieces(hidden % columns):
-        squares = add(squares, num_whole * columns + offset, length)
+    if squares_ref is not None:
+        for offset, length in pieces(squares_ref.shape[0]):
+            squares += squares_ref[pl.ds(offset, length), :].sum(0)
+    else:
+        if num_whole:
+            squares = jax.lax.fori_loop(
+                0, num_whole, lambda i, s: add(s, i * columns, columns), squares
+            )
+        for offset, length in pieces(hidden % columns):
+            squares = add(squares, num_whole * columns + offset, length)
     scale = jax.lax.rsqrt(squares / hidden + eps)[None, :]
     return lambda offset, length: (
         norm_ref[(*at, pl.ds(offset, length))][:, None]

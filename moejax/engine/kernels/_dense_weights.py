@@ -1,6 +1,7 @@
 """The weights that every step reads, stacked over layers as the kernels want them."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from moejax.errors import UsageError
 from moejax.qwen_moe import QwenMoe, QwenMoeConfig
@@ -111,6 +112,31 @@ def pack_dense(model: QwenMoe, *, is_consumed: bool = False) -> DenseWeights:
     embedding = model.embed_tokens.weight[...]
     head = embedding if model.lm_head is None else model.lm_head.weight[...]
     return DenseWeights(DenseLayers(**packed), embedding, model.norm.weight[...], head)
+
+
+def take_layer(
+    config: QwenMoeConfig,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    layers: DenseLayers,
+    number: Int32[Array, ""],
+) -> dict[str, Array]:
+    """Cuts one layer's parameters out of the stack again.
+
+    Args:
+      config: Sizes of the model.
+      shapes: Of those that are wanted, by their paths in `DecoderLayer`.
+      layers: The stack.
+      number: Which layer.
+    """
+    taken = {}
+    for name, (_, rows) in _places(config).items():
+        for path, row in rows.items():
+            if path in shapes:
+                stack = getattr(layers, name)
+                start = (number, jnp.int32(row), *[jnp.int32(0)] * (stack.ndim - 2))
+                sizes = (1, *shapes[path].shape)
+                taken[path] = jax.lax.dynamic_slice(stack, start, sizes)[0]
+    return taken
 
 
 def _places(config: QwenMoeConfig) -> dict[str, tuple[tuple[int, ...], dict[str, int]]]:

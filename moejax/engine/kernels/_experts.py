@@ -15,14 +15,16 @@ from jaxtyping import Array, Float
 
 from . import _active
 from ._active import Active
-from ._dense import Tile
-from ._parts import Part, pieces
+from ._dense import Tile, sum_squares
+from ._parts import Launch, Part, launch, pieces
 
 TILES = {
-    "experts": (Tile(4, 1024, 4), Tile(16, 128, 4, 4)),
-    "down": (Tile(4, 512, 8), Tile(16, 128, 4, 4)),
+    "experts": (Tile(2, 2048, 8), Tile(16, 128, 2, 5)),
+    "down": (Tile(8, 1024, 8), Tile(32, 128, 4, 4)),
 }
-"""Cut of each product: for one request, measured on an H100, and for up to 16, by estimate."""
+"""Cut of each product: for one request and for up to 16, measured on an H100."""
+
+_COMBINED_ROWS = 32
 
 
 def tiles_of(name: str, batch_pad: int) -> Tile:
@@ -86,49 +88,76 @@ def experts_gate_up_part(
     return Part(num_columns * num_blocks, body, inputs, (output,))
 
 
-def experts_down_part(
+class Answered(NamedTuple):
+    """What the routed experts leave behind.
+
+    Attributes:
+      x: The new residual stream.
+      slots: The slots, with what was written through.
+      squares: For several requests, sums over parts of the stream's squares; see `output_part`.
+    """
+
+    x: Float[Array, "hidden batch"]
+    slots: Float[Array, "slots rows hidden"]
+    squares: Float[Array, "parts batch"] | None
+
+
+def experts_down(
     active: Active,
     y: Float[Array, "hidden batch"],
     inner: Float[Array, "columns ffn batch"],
     host: Float[Array, "experts rows hidden"],
+    slots: Float[Array, "slots rows hidden"],
+    how: Launch,
     *,
     tile: Tile | None = None,
-    is_interpreted: bool = False,
-) -> Part:
-    """Answers of the active experts; `combine` makes the new residual stream of them.
+) -> Answered:
+    """Adds the answers of the active experts to the residual stream.
 
-    The kernel's shared array is the slots, [slots, 3 * ffn, hidden].
+    One kernel for one request; for several a second one adds up the columns in their order.
 
     Args:
       active: What each column has to do.
       y: Residual stream with the shared expert's answer, in float32.
       inner: Hidden values as `experts_gate_up_part` gives them.
       host: Packed experts of this layer, in host memory.
+      slots: Updated in place.
+      how: How the kernels run.
       tile: How to cut the product; None takes `TILES`. Its rows must divide the hidden size.
-      is_interpreted: Whether the kernel is interpreted, where programs need no barrier.
-
-    Returns:
-      A part with one output. For one request the new residual stream, [hidden, 1] in the type of
-      `inner`; for several the weighted answer of each column, float32 [columns, hidden, batch].
     """
     tile = tile or tiles_of("down", y.shape[1])
     make = _down_of_one if y.shape[1] == 1 else _down_of_several
-    return make(active, y, inner, host, tile, is_interpreted)
+    part = make(active, y, inner, host, tile, how.is_interpreted)
+    # Seen with rows of `ffn`, each row of a down matrix is one run of memory.
+    seen = slots.reshape(slots.shape[0], -1, inner.shape[1])
+    (seen,), ((answer,),) = launch("down", [part], how, shared=(seen,))
+    slots = seen.reshape(slots.shape)
+    if y.shape[1] == 1:
+        return Answered(answer, slots, None)
+    how = Launch(4, is_interpreted=how.is_interpreted)
+    _, ((x, squares),) = launch("combine", [_combine_part(y, answer, inner.dtype)], how)
+    return Answered(x, slots, squares)
 
 
-def combine(
-    y: Float[Array, "hidden batch"],
-    answer: Float[Array, "*columns hidden batch"],
-    dtype: jnp.dtype,
-) -> Float[Array, "hidden batch"]:
-    """The new residual stream from what `experts_down_part` gives, summed in the same order always.
+def _combine_part(y: Array, answers: Array, dtype: jnp.dtype) -> Part:
+    num_columns, hidden, batch = answers.shape
+    rows = min(_COMBINED_ROWS, hidden & -hidden)
 
-    Args:
-      y: Residual stream with the shared expert's answer, in float32.
-      answer: The part's output.
-      dtype: Type of the residual stream.
-    """
-    return answer if answer.ndim == 2 else (y + answer.sum(0)).astype(dtype)
+    def body(program, y_ref, answers_ref, x_ref, squares_ref):
+        at = pl.ds(program * rows, rows)
+        total = y_ref[at, :]
+        for column in range(num_columns):
+            total = total + answers_ref[column, at, :]
+        x = total.astype(dtype)
+        x_ref[at, :] = x
+        squares_ref[program, :] = sum_squares(x)
+
+    num_programs = hidden // rows
+    outputs = (
+        jax.ShapeDtypeStruct(y.shape, dtype),
+        jax.ShapeDtypeStruct((num_programs, batch), jnp.float32),
+    )
+    return Part(num_programs, body, (y, answers), outputs)
 
 
 def _down_of_one(active: Active, y, inner, host, tile: Tile, is_interpreted: bool) -> Part:
@@ -244,13 +273,15 @@ class _Block(NamedTuple):
 
     Attributes:
       source: Where the expert lies.
-      at: Index within the expert of so many columns from an offset on.
+      at: Index within the expert, as it lies in a slot, of so many columns from an offset on.
+      at_host: The same as it lies in host memory; None where it lies alike.
       has_landed: Whether all of the rows are in the slot; if not, all are read from the host.
     """
 
     source: _Source
     at: Callable[[int | Array, int], tuple]
     has_landed: Array
+    at_host: Callable[[int | Array, int], tuple] | None = None
 
     def read_slot(self, offset: int | Array, length: int) -> Array:
         """Reads columns of what has landed."""
@@ -258,11 +289,11 @@ class _Block(NamedTuple):
 
     def read(self, offset: int | Array, length: int) -> Array:
         """Reads columns from where they are."""
-        source, at = self.source, self.at(offset, length)
+        source, at_host = self.source, self.at_host or self.at
         return jax.lax.cond(
             self.has_landed,
-            lambda: source.slots_ref[(source.slot, *at)],
-            lambda: source.host_ref[(source.expert, *at)],
+            lambda: self.read_slot(offset, length),
+            lambda: source.host_ref[(source.expert, *at_host(offset, length))],
         )
 
     def read_if(self, is_needed: Array, offset: int, length: int, rows: int) -> Array:
@@ -282,14 +313,17 @@ class _Block(NamedTuple):
 
 
 def _down_block(source: _Source, row: Array, rows: int, ffn: int, hidden: int) -> _Block:
-    """Rows of the down matrix, which lies row after row where the packed rows are of `hidden`.
+    """Rows of the down matrix, which in host memory go on from one packed row to the next.
 
-    No view of the array as [slots, 3 * hidden, ffn] is needed, so that one kernel can compute and
-    copy. Unsigned division keeps the compiler sure that runs of columns are runs in memory.
+    There no view with rows of `ffn` is needed. Unsigned division keeps the compiler sure that
+    runs of columns are runs in memory.
     """
     first = 2 * ffn * hidden + row * ffn
 
     def at(offset, length):
+        return pl.ds(2 * hidden + row, rows), pl.ds(offset, length)
+
+    def at_host(offset, length):
         start = (jnp.asarray(first) + offset).astype(jnp.uint32)
         line = jax.lax.broadcasted_iota(jnp.uint32, (rows, length), 0)
         place = jax.lax.broadcasted_iota(jnp.uint32, (rows, length), 1)
@@ -297,7 +331,7 @@ def _down_block(source: _Source, row: Array, rows: int, ffn: int, hidden: int) -
         width = jnp.full((rows, length), hidden, jnp.uint32)
         return jax.lax.div(element, width), jax.lax.rem(element, width)
 
-    return _Block(source, at, first + rows * ffn <= source.num_landed * hidden)
+    return _Block(source, at, first + rows * ffn <= source.num_landed * hidden, at_host)
 
 
 def _take_turns(

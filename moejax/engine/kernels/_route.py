@@ -1,8 +1,8 @@
 """Routing and the expert directory inside a kernel: programs that ride along with products.
 
-`route_part` chooses experts and slots while the shared expert's last product runs; `learn_part`
-updates the strategy and chooses a prefetch while the routed experts' last product runs. Both are
-one program each, and both trace the same strategy that the simulators run.
+`route_part` chooses experts and slots while the shared expert's first product runs; `issue_part`
+chooses a prefetch while the routed experts' first product runs; `remember` takes a whole step into
+the strategy's memory, a program a layer. All of them trace the strategy that the simulators run.
 """
 
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from moejax.engine._event import PREFETCHES, ReplayTable, Sizes, Tables
-from moejax.engine._event import learn, read_access, serve
+from moejax.engine._event import demand_row, issue, read_access, remember, serve
 from moejax.strategies import Strategy
 
 from . import _active
 from ._active import Active
-from ._parts import Part, next_power_of_2
+from ._parts import Launch, Part, launch, next_power_of_2
 
 _NONE = 2**30
 # Above so many products a sum over one-hot rows is slower than a matrix product.
@@ -31,13 +31,11 @@ class Routed(NamedTuple):
       active: What the routed experts have to do.
       selected_experts: The router's choice, best first; a large number for none.
       routing_weights: What each counts.
-      resident: Experts that were in slots before the event.
     """
 
     active: Active
     selected_experts: Int32[Array, "topk batch"]
     routing_weights: Float[Array, "topk batch"]
-    resident: Int32[Array, " experts"]
 
 
 class Router(NamedTuple):
@@ -82,15 +80,15 @@ def route_part(
       router: Settings.
       layer: Number of the layer among those with experts.
       logits: The router's scores, a row an expert.
-      tables: The directory; five of its tables are updated in place.
+      tables: The directory; six of its tables are updated in place.
       replay: Routing that overrides the router.
 
     Returns:
-      A part that gives `slot_of, score, demand, is_taken, counts` and then what `Routed` holds:
-      `read_routed` puts names to them.
+      A part that gives those tables and then what `Routed` holds: `read_routed` puts names to
+      them.
     """
     sizes = router.sizes
-    written = (tables.slot_of, tables.score, tables.demand, tables.is_taken, tables.counts)
+    written = tuple(getattr(tables, name) for name in _WRITTEN)
     read, tree = jax.tree.flatten((layer, logits, tables._replace(**_WRITTEN), replay))
     columns, batch = router.num_columns, logits.shape[1]
     topk = sizes.shape.topk
@@ -101,7 +99,7 @@ def route_part(
         inputs = jax.tree.unflatten(tree, refs[len(written) : len(written) + len(read)])
         layer_ref, logits_ref, known, replay = inputs
         known = known._replace(**dict(zip(_WRITTEN, refs[: len(written)], strict=True)))
-        table, weights, is_live, chosen_ref, chosen_weights, resident = refs[-6:]
+        table, weights, is_live, chosen_ref, chosen_weights = refs[-5:]
         layer = layer_ref[0]
         pairs = _choose(router, logits_ref[0 : sizes.num_padded, :], known, replay, layer)
         demand, by_expert = jnp.zeros(sizes.num_padded, jnp.int32), None
@@ -116,14 +114,14 @@ def route_part(
         state = _read_state(router, known, layer)
         served = serve(router.strategy, sizes, known, access, state)
         settled = served.settled
-        resident[:] = is_resident.astype(jnp.int32)
+        known.resident[layer, :] = is_resident.astype(jnp.int32)
         if served.slot_of is None:
             known.slot_of[layer, :] = settled.slot_of
         else:
             known.slot_of[:, :] = served.slot_of
             known.is_taken[:] = served.is_taken
         known.score[layer, :] = served.score
-        known.demand[layer, :] = demand
+        known.demand[demand_row(sizes, known, layer), :] = demand
         known.counts[layer, :] = served.counts
         is_live[0] = served.is_live.astype(jnp.int32)
         _write_active(table, weights, demand > 0, served, by_expert, columns)
@@ -135,7 +133,6 @@ def route_part(
         jax.ShapeDtypeStruct((1,), jnp.int32),
         jax.ShapeDtypeStruct((topk, batch), jnp.int32),
         jax.ShapeDtypeStruct((topk, batch), jnp.float32),
-        jax.ShapeDtypeStruct((sizes.num_padded,), jnp.int32),
     )
     updates = tuple((index, index) for index in range(len(written)))
     return Part(1, body, (*written, *read), outputs, updates)
@@ -144,68 +141,56 @@ def route_part(
 def read_routed(tables: Tables, results: tuple[Array, ...]) -> tuple[Tables, Routed]:
     """What `route_part` wrote, by name."""
     written = dict(zip(_WRITTEN, results, strict=False))
-    table, weights, is_live, selected, selected_weights, resident = results[len(_WRITTEN) :]
+    table, weights, is_live, selected, selected_weights = results[len(_WRITTEN) :]
     active = Active(table, weights, is_live)
-    return tables._replace(**written), Routed(active, selected, selected_weights, resident)
+    return tables._replace(**written), Routed(active, selected, selected_weights)
 
 
-def learn_part(
+def issue_part(
     router: Router,
     layer: Int32[Array, " 1"],
-    resident: Int32[Array, " experts"],
     tables: Tables,
     replay: ReplayTable | None,
     ahead: Float[Array, "depth experts batch"] | None,
-) -> Part:
-    """One program that takes the event into the strategy's memory and chooses a prefetch.
+) -> Part | None:
+    """One program that chooses a prefetch; None where the strategy prefetches nothing.
 
     Args:
       router: Settings.
       layer: Number of the layer among those with experts.
-      resident: What `route_part` found in the slots.
-      tables: The directory; the strategy's state, `slot_of`, `score` and `counts` are updated in
-        place.
+      tables: The directory; four of its tables are updated in place.
       replay: Routing that overrides the router.
       ahead: The next layers' router scores of this layer's hidden state, if they are asked.
 
     Returns:
-      A part that gives the updated tables: `read_learned` puts names to them.
+      A part that gives those tables and the new job: `read_issued` puts names to them.
     """
     sizes = router.sizes
-    leaves, state_tree = jax.tree.flatten(tables.state)
-    written = (tables.slot_of, tables.score, tables.counts, *leaves)
-    # Others read the job while this part runs, so the next one is a new array.
-    others = tables._replace(slot_of=None, score=None, counts=None, state=None)
-    read, tree = jax.tree.flatten((layer, resident, others, replay, ahead))
+    if sizes.schedule is None:
+        return None
+    written = tuple(getattr(tables, name) for name in _ISSUED)
+    # Other programs read the job meanwhile, so the next one is a new array.
+    read, tree = jax.tree.flatten((layer, tables._replace(**_ISSUED), replay, ahead))
 
     def body(program, *refs):
         del program
         refs = refs[-len(written) - len(read) - len(outputs) :]
         inputs = jax.tree.unflatten(tree, refs[len(written) : len(written) + len(read)])
-        layer_ref, resident_ref, known, replay, ahead_ref = inputs
-        slot_of, score, counts, *state_refs = refs[: len(written)]
-        known = known._replace(
-            slot_of=slot_of,
-            score=score,
-            counts=counts,
-            state=jax.tree.unflatten(state_tree, state_refs),
-        )
+        layer_ref, known, replay, ahead_ref = inputs
+        known = known._replace(**dict(zip(_ISSUED, refs[: len(written)], strict=True)))
         layer = layer_ref[0]
         said = _said(router, known, replay, ahead_ref, layer)
-        is_resident = resident_ref[:] > 0
-        demand = known.demand[layer, :]
+        if said is not None:
+            known.said[layer, :, :] = said
+        demand = known.demand[demand_row(sizes, known, layer), :]
+        is_resident = known.resident[layer, :] > 0
         access = read_access(sizes, known, replay, layer, demand, is_resident, said)
         state = _read_state(router, known, layer)
-        learned = learn(router.strategy, sizes, known, access, state)
-        for ref, new in zip(state_refs, jax.tree.leaves(learned.state), strict=True):
-            ref[layer] = new.astype(ref.dtype)
-        if learned.choice is None:
-            refs[-1][:] = known.job[:]
-            return
-        refs[-1][:] = learned.job
-        known.slot_of[learned.target, :] = learned.slot_of
-        known.score[learned.target, :] = learned.score
-        known.counts[layer, PREFETCHES] = learned.choice.is_issued.astype(jnp.int32)
+        issued = issue(router.strategy, sizes, known, access, state)
+        refs[-1][:] = issued.job
+        known.slot_of[issued.target, :] = issued.slot_of
+        known.score[issued.target, :] = issued.score
+        known.counts[layer, PREFETCHES] = issued.choice.is_issued.astype(jnp.int32)
 
     outputs = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written)
     outputs += (jax.ShapeDtypeStruct(tables.job.shape, jnp.int32),)
@@ -213,14 +198,50 @@ def learn_part(
     return Part(1, body, (*written, *read), outputs, updates)
 
 
-def read_learned(tables: Tables, results: tuple[Array, ...]) -> Tables:
-    """What `learn_part` wrote, by name."""
-    slot_of, score, counts, *leaves, job = results
-    state = jax.tree.unflatten(jax.tree.structure(tables.state), leaves)
-    return tables._replace(slot_of=slot_of, score=score, job=job, counts=counts, state=state)
+def read_issued(tables: Tables, results: tuple[Array, ...]) -> Tables:
+    """What `issue_part` wrote, by name."""
+    *written, job = results
+    return tables._replace(**dict(zip(_ISSUED, written, strict=True)), job=job)
 
 
-_WRITTEN: dict[str, Any] = dict.fromkeys(("slot_of", "score", "demand", "is_taken", "counts"))
+def remember_step(
+    router: Router, tables: Tables, replay: ReplayTable | None, how: Launch
+) -> Tables:
+    """Takes a step, all of whose events are over, into the strategy's memory: a kernel of its own.
+
+    Args:
+      router: Settings.
+      tables: The directory; the strategy's state is updated in place.
+      replay: Routing that overrides the router.
+      how: How the kernel runs.
+
+    Returns:
+      The directory with the new state; its step number is still the old one.
+    """
+    sizes = router.sizes
+    leaves, state_tree = jax.tree.flatten(tables.state)
+    read, tree = jax.tree.flatten((tables._replace(state=None), replay))
+
+    def body(program, *refs):
+        known, replay = jax.tree.unflatten(tree, refs[len(leaves) : len(leaves) + len(read)])
+        state_refs = refs[: len(leaves)]
+        known = known._replace(state=jax.tree.unflatten(state_tree, state_refs))
+        state = _read_state(router, known, program)
+        state = remember(router.strategy, sizes, known, replay, program, state)
+        for ref, new in zip(state_refs, jax.tree.leaves(state), strict=True):
+            ref[program] = new.astype(ref.dtype)
+
+    outputs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    updates = tuple((index, index) for index in range(len(leaves)))
+    part = Part(sizes.shape.num_layers, body, (*leaves, *read), outputs, updates)
+    _, (new,) = launch("remember", [part], how)
+    return tables._replace(state=jax.tree.unflatten(state_tree, new))
+
+
+_WRITTEN: dict[str, Any] = dict.fromkeys(
+    ("slot_of", "score", "demand", "resident", "is_taken", "counts")
+)
+_ISSUED: dict[str, Any] = dict.fromkeys(("slot_of", "score", "said", "counts"))
 
 
 def _choose(router: Router, logits, tables: Tables, replay: ReplayTable | None, layer):

@@ -13,11 +13,12 @@ from jax import ShapeDtypeStruct
 
 from moejax.engine.kernels._dense import (
     Tile,
-    gate_up_part,
     head,
     output_part,
     qkv_part,
+    router_part,
     shared_down_part,
+    shared_up_part,
     tile_of,
 )
 from moejax.engine.kernels._dense_weights import (
@@ -32,6 +33,7 @@ from moejax.engine.kernels._parts import Launch, Part, launch, layer_number
 from moejax.errors import UsageError
 from moejax.qwen_moe import QwenMoe
 
+from ._lowering import count_kernels, lower_for_gpu
 from ._tiny import CONFIG, INTERPRETED, error, pad, tiny_model
 
 LAYER, NUM_AHEAD = 1, 2
@@ -105,9 +107,10 @@ def run_kernels(
         return launch("kernel", [part], INTERPRETED)[1][0]
 
     (stream,) = alone(output_part(layer, layers, x, attended, tile=tile))
-    logits, hidden, normed, ahead = alone(
-        gate_up_part(layer, layers, x, eps, num_ahead=NUM_AHEAD, tile=tile)
+    logits, normed, ahead = alone(
+        router_part(layer, layers, x, eps, num_ahead=NUM_AHEAD, tile=tile)
     )
+    (hidden,) = alone(shared_up_part(layer, layers, normed, tile=tile))
     (answer,) = alone(shared_down_part(layer, layers, x, logits, hidden, tile=tile))
     # The mark of the other part must have been set.
     qkv = jnp.where(shared[0] + shared[1] == 11, qkv, jnp.nan)
@@ -234,7 +237,7 @@ def test_refuses_to_pack_what_it_cannot_run():
 
 
 @pytest.mark.parametrize("batch_pad", [1, 16])
-@pytest.mark.parametrize("kernel", ["qkv", "output", "gate_up", "shared_down", "head"])
+@pytest.mark.parametrize("kernel", ["qkv", "output", "router", "shared_up", "shared_down", "head"])
 def test_lowers_for_a_gpu(kernel, batch_pad):
     """At the size of Qwen1.5-MoE-A2.7B; needs no GPU."""
     layers = 24
@@ -263,21 +266,19 @@ def test_lowers_for_a_gpu(kernel, batch_pad):
         part = {
             "qkv": lambda: qkv_part(layer, layers, x, 1e-6),
             "output": lambda: output_part(layer, layers, x, x),
-            "gate_up": lambda: gate_up_part(layer, layers, x, 1e-6, num_ahead=2),
+            "router": lambda: router_part(layer, layers, x, 1e-6, num_ahead=2),
+            "shared_up": lambda: shared_up_part(layer, layers, x),
             "shared_down": lambda: shared_down_part(layer, layers, x, logits, hidden),
         }[kernel]()
         tile = tile_of(kernel, batch_pad)
         return launch(kernel, [part], Launch(tile.num_warps, tile.num_stages))[1][0]
 
-    lowered = (
-        jax.jit(run)
-        .trace(
-            weights,
-            ShapeDtypeStruct((1,), jnp.int32),
-            array((2048, batch_pad)),
-            array((5632, batch_pad)),
-            logits,
-        )
-        .lower(lowering_platforms=("cuda",))
+    program = lower_for_gpu(
+        run,
+        weights,
+        ShapeDtypeStruct((1,), jnp.int32),
+        array((2048, batch_pad)),
+        array((5632, batch_pad)),
+        logits,
     )
-    assert "__gpu$xla.gpu.triton" in lowered.as_text()
+    assert count_kernels(program) == 1
