@@ -294,7 +294,7 @@ def measure_foresight(run: Run) -> None:
     """What a prefetch hides where it can know, beside the same without."""
     slots = run.options.slots
     name = run.foreseeable(slots)
-    run.measure([case(strategy, slots, name) for strategy in ("lru", "oracle", "gate_look")])
+    run.measure([case(strategy, slots, name) for strategy in ("lru", "gate_look")])
 
 
 def measure_batches(run: Run) -> None:
@@ -302,7 +302,7 @@ def measure_batches(run: Run) -> None:
     for size, wanted in BATCHES.items():
         most = min(run.config.num_experts, size * run.config.num_experts_per_tok)
         slots, distinct = min(wanted[0], run.config.num_experts), min(wanted[1], most)
-        names = [run.routing(slots, ratio, size, distinct) for ratio in RATIOS[:4]]
+        names = [run.routing(slots, ratio, size, distinct) for ratio in RATIOS[:2]]
         run.measure([case("lru", slots, name, batch_size=size) for name in names])
 
 
@@ -383,7 +383,7 @@ def measure_transformers(run: Run) -> None:
         return time_transformers(
             run.options.baseline_python,
             run.config,
-            (1, *BATCHES),
+            (1,),
             context=run.bench.settings.context,
             max_seconds=limit_s,
         )

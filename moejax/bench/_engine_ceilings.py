@@ -29,7 +29,7 @@ _THREAD_BYTES = 2**27
 
 
 class Ceilings(NamedTuple):
-    """What no decode step can go beyond.
+    """What no decode step can go beyond: the fastest samples of this run.
 
     Attributes:
       link_bytes_per_s: Copies of a whole layer's experts from where the store keeps them.
@@ -76,13 +76,13 @@ def measure_ceilings(
         for name, each in zip(probes, taken, strict=True)
     }
     rates = [
-        large.nbytes / samples["reduction"].median,
-        head.nbytes / samples["head"].median,
+        large.nbytes / min(samples["reduction"].samples),
+        head.nbytes / min(samples["head"].samples),
     ]
     return Ceilings(
-        link_bytes_per_s=source.nbytes / samples["link"].median,
+        link_bytes_per_s=source.nbytes / min(samples["link"].samples),
         hbm_bytes_per_s=max(rates),
-        flops_per_s=2 * side**3 / samples["product"].median,
+        flops_per_s=2 * side**3 / min(samples["product"].samples),
         samples=samples,
     )
 

@@ -122,7 +122,11 @@ class EngineBench:
 
         Only an oracle is checked on replayed routing; the others route by themselves.
         """
-        return self._check_bits(case, self._resident(case, routing), routing)
+        resident = self._resident(case, routing)
+        # One engine with room for every expert runs all numbers of slots: programs are the same.
+        engine = self.engine(case._replace(slots=self.rig.config.num_experts))
+        plan = self.rig.even_plan(case.slots, case.scope)
+        return self._check_bits(case, resident, routing, engine.with_plan(plan))
 
     def engine(self, case: EngineCase) -> OffloadEngine:
         """The engine of a case; that of another plan or strategy is let go before."""
@@ -163,10 +167,14 @@ class EngineBench:
         return time_replay(engine, routing, case.batch_size, context=context, num_warmup=num_warmup)
 
     def _check_bits(
-        self, case: EngineCase, resident: Transcript, routing: Routing | None
+        self,
+        case: EngineCase,
+        resident: Transcript,
+        routing: Routing | None,
+        engine: OffloadEngine | None = None,
     ) -> dict[str, Any]:
         return check_bits(
-            self.engine(case),
+            engine or self.engine(case),
             resident,
             case.batch_size,
             self.settings.num_check_steps,

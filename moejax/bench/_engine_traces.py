@@ -138,18 +138,21 @@ def foreseeable_trace(
 
 
 def true_lookahead(
-    experts: UInt[np.ndarray, "steps layers places_topk"], batch_size: int, *, depth: int = 3
-) -> UInt[np.ndarray, "steps layers ahead places topk"]:
+    experts: UInt[np.ndarray, "steps layers places_topk"], batch_size: int, *, depth: int = 8
+) -> UInt[np.ndarray, "steps layers ahead places width"]:
     """What gates of the next layers would say if they were always right, as `replay` takes it.
 
-    No layer below the last one belongs to the same token, so nothing is said of those.
+    They name twice as many experts as there are, the second half of which are none, so that every
+    true one ranks in the upper half. No layer below the last one belongs to the same token, so
+    nothing is said of those.
     """
     steps, layers, width = experts.shape
-    places = experts.reshape(steps, layers, batch_size, width // batch_size)
-    shape = (steps, layers, depth, *places.shape[2:])
+    topk = width // batch_size
+    places = experts.reshape(steps, layers, batch_size, topk)
+    shape = (steps, layers, depth, batch_size, 2 * topk)
     said = np.full(shape, not_computed(experts), experts.dtype)
     for ahead in range(1, min(depth, layers - 1) + 1):
-        said[:, : layers - ahead, ahead - 1] = places[:, ahead:]
+        said[:, : layers - ahead, ahead - 1, :, :topk] = places[:, ahead:]
     return said
 
 

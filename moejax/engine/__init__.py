@@ -12,7 +12,7 @@ from ._generate import RequestRouting as RequestRouting
 from ._generate import Step as Step
 from ._generate import Timing as Timing
 from ._offload import OffloadEngine as OffloadEngine
-from ._offload import StepOutput as StepOutput
+from ._programs import StepOutput as StepOutput
 from ._record import default_lookahead as default_lookahead
 from ._record import record as record
 from ._sampling import Sampling as Sampling

@@ -23,6 +23,7 @@ from ._programs import (
     Routed,
     cache_bucket,
     decode,
+    fill_up,
     prefill,
     prompt_bucket,
 )
@@ -108,10 +109,7 @@ class Engine:
             is_recording=record,
             lookahead=lookahead if record else None,
         )
-        token_ids = np.zeros((len(arrays), bucket), np.int32)
-        for row, prompt in zip(token_ids, arrays, strict=True):
-            row[: prompt.size] = prompt
-        num_tokens = np.array([prompt.size for prompt in arrays], np.int32)
+        token_ids, num_tokens = fill_up(arrays, bucket)
         draw = None if sampling.is_greedy else make_draw(sampling, seed, first_request, len(arrays))
 
         start_s = time.perf_counter()

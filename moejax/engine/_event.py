@@ -12,8 +12,16 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from moejax.strategies import Access, CacheShape, Decision, Future, Strategy
 
-from ._directory import Ahead, Choice, Demand, Settled, choose_prefetch, reserve
-from ._directory import settle_layer, settle_pool
+from ._directory import (
+    Ahead,
+    Choice,
+    Demand,
+    Settled,
+    choose_prefetch,
+    reserve,
+    settle_layer,
+    settle_pool,
+)
 from .kernels._copy import EXPERT, ISSUED, LAYER, NUM_FIELDS, SLOT, VALID, Schedule
 
 COUNTS = ("demands", "hits", "late", "misses", "prefetches", "fetched_rows")
@@ -170,19 +178,15 @@ def read_access(
     )
 
 
-def serve(
-    strategy: Strategy, sizes: Sizes, tables: Tables, access: Access, state: Any
-) -> Served:
+def serve(strategy: Strategy, sizes: Sizes, tables: Tables, access: Access, state: Any) -> Served:
     """The first half of an event: who is hit, who is missed, and which slots are taken."""
     _, decision = strategy.step(state, access, None)
     is_demanded = access.demand > 0
     score, may_stay = _scores(decision, is_demanded)
     number = jax.lax.iota(jnp.int32, sizes.num_padded)
-    job = _Job.read(tables, sizes, access)
+    job = _Job.read(tables, sizes, access.event, access.layer)
     is_flying = (number == job.expert) & job.is_due & ~job.has_landed
-    demand = Demand(
-        is_demanded, score, may_stay, is_demanded & is_flying, is_flying & ~is_demanded
-    )
+    demand = Demand(is_demanded, score, may_stay, is_demanded & is_flying, is_flying & ~is_demanded)
     slot_of = is_taken = None
     if sizes.scope == "layer":
         settled = settle_layer(
@@ -211,9 +215,7 @@ def serve(
     return Served(settled, slot_of, is_taken, score, landed_rows, counts, is_live)
 
 
-def issue(
-    strategy: Strategy, sizes: Sizes, tables: Tables, access: Access, state: Any
-) -> Issued:
+def issue(strategy: Strategy, sizes: Sizes, tables: Tables, access: Access, state: Any) -> Issued:
     """The second half of an event: what to prefetch; only for a strategy that does."""
     _, decision = strategy.step(state, access, None)
     assert decision.prefetch_probability is not None
@@ -223,7 +225,7 @@ def issue(
     ahead = Ahead(tables.slot_of[rows, :], tables.score[rows, :], access.capacity_ahead)
     copied_layers = sizes.schedule.layers_per_copy
     choice = choose_prefetch(ahead, decision.prefetch_probability, copied_layers)
-    job = _Job.read(tables, sizes, access)
+    job = _Job.read(tables, sizes, access.event, access.layer)
     is_free = ~job.is_valid | job.is_due | job.has_landed
     choice = choice._replace(is_issued=choice.is_issued & is_free)
     target = (access.layer + 1 + choice.row) % layers
@@ -246,6 +248,13 @@ def issue(
     )
 
 
+def is_link_free(sizes: Sizes, tables: Tables, layer: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether a prefetch may be issued after the event of a layer: one is under way at most."""
+    event = tables.step[0] * sizes.shape.num_layers + layer
+    job = _Job.read(tables, sizes, event, layer)
+    return ~job.is_valid | job.is_due | job.has_landed
+
+
 def remember(
     strategy: Strategy,
     sizes: Sizes,
@@ -263,7 +272,7 @@ def remember(
 
 
 def demand_row(sizes: Sizes, tables: Tables, layer: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
-    """Row of `Tables.demand` of a layer of this step, or with a negative number of the one before."""
+    """Row of `Tables.demand` of a layer of this step, or if negative of the step before."""
     layers = sizes.shape.num_layers
     is_before = layer < 0
     odd = (tables.step[0] + is_before.astype(jnp.int32)) % 2
@@ -292,20 +301,22 @@ class _Job(NamedTuple):
     num_copied_rows: Int32[Array, ""]
 
     @classmethod
-    def read(cls, tables: Tables, sizes: Sizes, access: Access) -> "_Job":
+    def read(
+        cls, tables: Tables, sizes: Sizes, event: Int[Array, ""], at: Int[Array, ""]
+    ) -> "_Job":
         fields = [tables.job[field] for field in (LAYER, EXPERT, SLOT, ISSUED, VALID)]
         layer, _, _, issued, valid = fields
         is_valid = valid > 0
         if sizes.schedule is None:
             never = valid < 0
             return cls(*fields, never, never, never, never, valid)
-        num_layers = access.event - issued
+        num_layers = event - issued
         copied = (num_layers - 1) * sizes.schedule.rows_per_event
         copied = copied + sizes.schedule.rows_before_experts
         return cls(
             *fields,
             is_valid=is_valid,
-            is_due=is_valid & (layer == access.layer),
+            is_due=is_valid & (layer == at),
             has_landed=num_layers >= sizes.schedule.layers_per_copy,
             is_landing=is_valid & (num_layers == sizes.schedule.layers_per_copy),
             num_copied_rows=jnp.clip(copied, 0, sizes.num_rows),
@@ -325,6 +336,8 @@ def _future(sizes: Sizes, replay: ReplayTable | None, event: Int[Array, ""]) -> 
     if replay is None or not sizes.reads_future:
         never = jnp.full((depth, experts), NEVER, jnp.int32)
         return Future(jnp.full((experts,), NEVER, jnp.int32), jnp.zeros_like(never), never)
+    # The replay begins again behind its last event.
+    event = event % (replay.next_use.shape[0] - depth)
     coming = event + 1 + jax.lax.iota(jnp.int32, depth)
     return Future(replay.next_use[event, :], replay.demand[coming, :], replay.next_use[coming, :])
 

@@ -20,6 +20,9 @@ from .kernels._copy import NUM_FIELDS, Schedule
 from .kernels._parts import next_power_of_2
 
 _LEAST_PADDED = 16
+# What one program of a kernel can read of a layer's state while the layer computes. Tables of
+# pairs of experts grow with the depth of a prefetch: 16 KiB a layer ahead, of 60 experts.
+_MOST_STATE_BYTES = 56 * 2**10
 
 
 class ExpertCache(NamedTuple):
@@ -64,6 +67,8 @@ def make_sizes(
     # A pool is never prefetched into, and a kernel wants a power of two.
     prefetches = strategy.prefetches and scope == "layer" and reach > 0
     depth = 1 << (reach.bit_length() - 1) if prefetches else 1
+    while depth > 1 and _state_bytes(strategy, shape._replace(depth=depth)) > _MOST_STATE_BYTES:
+        depth //= 2
     return Sizes(
         shape=shape._replace(depth=depth),
         num_padded=max(_LEAST_PADDED, next_power_of_2(shape.num_experts)),
@@ -77,9 +82,25 @@ def make_sizes(
 
 
 def empty_cache(
-    sizes: Sizes, layout: ExpertLayout, plan: SlotPlan, strategy: Strategy, dtype: DTypeLike
+    sizes: Sizes,
+    layout: ExpertLayout,
+    plan: SlotPlan,
+    strategy: Strategy,
+    dtype: DTypeLike,
+    *,
+    num_allocated: int | None = None,
 ) -> ExpertCache:
-    """Slots that hold nothing, and a strategy that has seen nothing."""
+    """Slots that hold nothing, and a strategy that has seen nothing.
+
+    Args:
+      sizes: What programs are compiled for.
+      layout: One packed layer.
+      plan: How many slots are in use.
+      strategy: What scores.
+      dtype: Type of the weights.
+      num_allocated: How many there are; no more than are in use by default.
+    """
+    num_allocated = num_allocated or plan.num_slots
     layers, padded = sizes.shape.num_layers, sizes.num_padded
     # A kernel that looks at all layers at once wants a power of two.
     table = (next_power_of_2(layers), padded)
@@ -90,7 +111,7 @@ def empty_cache(
     else:
         num_slots = np.full(layers, plan.num_slots, np.int32)
         first_slot = np.zeros(layers, np.int32)
-        is_taken = np.arange(next_power_of_2(plan.num_slots)) >= plan.num_slots
+        is_taken = np.arange(next_power_of_2(num_allocated)) >= plan.num_slots
     tables = Tables(
         slot_of=jnp.full(table, -1, jnp.int32),
         score=jnp.full(table, -jnp.inf, jnp.float32),
@@ -106,7 +127,7 @@ def empty_cache(
         state=_padded_state(strategy, sizes),
     )
     # A step always reads a slot, even if it has no use for what lies there.
-    shape = (max(1, plan.num_slots), layout.num_rows, layout.hidden)
+    shape = (max(1, num_allocated), layout.num_rows, layout.hidden)
     return ExpertCache(jnp.zeros(shape, dtype), tables)
 
 
@@ -146,6 +167,7 @@ def make_replay_table(
         )
     topk = width // batch_size
     ids = experts.reshape(steps, layers, batch_size, topk).transpose(0, 1, 3, 2).astype(np.int32)
+    ids = np.where(ids < shape.num_experts, ids, NEVER)
     ids = np.pad(
         ids,
         ((0, 0), (0, 0), (0, shape.topk - topk), (0, num_columns - batch_size)),
@@ -161,9 +183,7 @@ def make_replay_table(
 
     def table(rows: np.ndarray, filling: int):
         rows = rows.reshape(steps * layers, -1)
-        return jnp.asarray(
-            np.pad(rows, (beyond, unused), constant_values=filling).astype(np.int32)
-        )
+        return jnp.asarray(np.pad(rows, (beyond, unused), constant_values=filling).astype(np.int32))
 
     said = None
     if sizes.asks_gates:
@@ -177,6 +197,13 @@ def make_replay_table(
         next_use=table(events, NEVER),
         lookahead=None if said is None else jnp.asarray(said),
     )
+
+
+def _state_bytes(strategy: Strategy, shape: CacheShape) -> int:
+    """Bytes of the strategy's state of one layer."""
+    state = jax.eval_shape(lambda: strategy.init(shape))
+    leaves = jax.tree.leaves(state)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // shape.num_layers
 
 
 def _padded_state(strategy: Strategy, sizes: Sizes) -> Any:

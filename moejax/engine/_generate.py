@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt, UInt8
 
 from moejax.errors import BackendError
-from moejax.qwen_moe import KVCache
 
 from ._programs import Place, Routed
 
-Prefill = Callable[[], tuple[KVCache, Place, Array, Routed | None]]
-Decode = Callable[[KVCache, Place], tuple[KVCache, Place, Routed | None]]
+# What was read before is the engine's own affair.
+Prefill = Callable[[], tuple[Any, Place, Array, Routed | None]]
+Decode = Callable[[Any, Place], tuple[Any, Place, Routed | None]]
 
 
 class Step(NamedTuple):

@@ -1,9 +1,10 @@
 """A model whose routed experts wait in host memory, made ready to generate."""
 
+import copy
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,16 @@ from ._event import COUNTS, ReplayTable
 from ._expert_cache import ExpertCache, OffloadState, booleans, make_replay_table, make_sizes
 from ._expert_cache import empty_cache as empty_expert_cache
 from ._generate import Generation
-from ._programs import Place, ProgramSettings, Routed, cache_bucket, prompt_bucket, routed_of
+from ._programs import (
+    Place,
+    ProgramSettings,
+    Routed,
+    StepOutput,
+    cache_bucket,
+    fill_up,
+    prompt_bucket,
+    routed_of,
+)
 from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw, next_tokens
 from ._stream import StreamedPrefill
 from ._warm import WarmUp
@@ -33,22 +43,6 @@ from .kernels._route import Router
 
 # Layers of Qwen1.5-MoE whose compute hides the copy of one expert, at a batch of one on an H100.
 _LAYERS_PER_COPY = 5
-
-
-class StepOutput(NamedTuple):
-    """What a call of a decode program tells the host.
-
-    Attributes:
-      token_ids: Chosen tokens, step by step.
-      logits: Scores behind the last step.
-      counts: `COUNTS` of every step and layer.
-      routed: Routing of the last step, where it is recorded.
-    """
-
-    token_ids: Int32[Array, "steps batch"]
-    logits: Float[Array, "batch vocab"]
-    counts: Int32[Array, "steps layers counts"]
-    routed: Routed | None
 
 
 class OffloadEngine:
@@ -85,7 +79,7 @@ class OffloadEngine:
     ):
         self.config: QwenMoeConfig = model.config
         self.kernels = choose_kernels(kernels, model)
-        self.plan = plan
+        self.plan, self._num_allocated = plan, plan.num_slots
         self.num_compiles = {"decode": 0}
         check_fit(model.config, store, plan)
         self._store, self._strategy = store, strategy
@@ -100,23 +94,38 @@ class OffloadEngine:
         # What reads the future has none here, and a pool's layers compete for the same slots.
         is_warm = plan.scope == "layer" and plan.num_slots > 0 and not strategy.reads_future
         self._warm_up = WarmUp(strategy, self.sizes) if is_warm else None
-        self._graph, self._params = None, None
+        self._graph: Any = None
         if isinstance(model, DenseModel):
             self._params: Any = model.weights
-            self._dtype = model.weights.embedding.dtype
         else:
             self._graph, self._params = nnx.split(model)
-            self._dtype = model.embed_tokens.weight[...].dtype
+        self._dtype = jnp.dtype(store.layout.dtype)
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @property
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device that do not depend on the batch: dense weights and slots."""
         # A tied head is the embedding itself.
-        arrays = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(self._params)}
-        dense = sum(arrays.values())
-        slots = self.plan.num_slots * self._store.layout.expert_bytes
-        return {"dense": dense, "slots": slots}
+        dense = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(self._params)}
+        slots = self._num_allocated * self._store.layout.expert_bytes
+        return {"dense": sum(dense.values()), "slots": slots}
+
+    def with_plan(self, plan: SlotPlan) -> "OffloadEngine":
+        """The same programs with another plan, which may leave slots unused; nothing is compiled.
+
+        Raises:
+          UsageError: The plan is of another scope or model, or needs more slots than there are.
+        """
+        check_fit(self.config, self._store, plan)
+        if plan.scope != self.plan.scope or plan.num_slots > self._num_allocated:
+            raise UsageError(
+                f"a plan of {plan.num_slots} slots ({plan.scope}) does not fit into "
+                f"{self._num_allocated} ({self.plan.scope})",
+                "Make an engine of this plan.",
+            )
+        other = copy.copy(self)
+        other.plan = plan
+        return other
 
     def generate(
         self,
@@ -153,10 +162,7 @@ class OffloadEngine:
             is_recording=record,
             lookahead=lookahead if record else None,
         )
-        token_ids = np.zeros((len(arrays), bucket), np.int32)
-        for row, prompt in zip(token_ids, arrays, strict=True):
-            row[: prompt.size] = prompt
-        num_tokens = np.array([prompt.size for prompt in arrays], np.int32)
+        token_ids, num_tokens = fill_up(arrays, bucket)
         draw = None
         if not sampling.is_greedy:
             draw = make_draw(sampling, seed, first_request, len(arrays))
@@ -287,7 +293,7 @@ class OffloadEngine:
     def _prepare_prefill(self, settings: ProgramSettings) -> None:
         self._prefill.prepare(settings)
         if self._warm_up is not None:
-            packed = jax.eval_shape(lambda: self._store.layers[0])
+            packed = jax.ShapeDtypeStruct(self._store.layout.shape, self._dtype)
             self._warm_up.prepare(settings, jax.eval_shape(self._empty_experts), packed)
 
     def replay_table(
@@ -373,21 +379,15 @@ class OffloadEngine:
         strategy, sizes, lookahead = self._strategy, self.sizes, settings.lookahead
         if self.kernels == "xla":
 
-            def step(params, hosts, state, table):
-                assert self._graph is not None
+            def plain_step(params, hosts, state, table):
                 model = nnx.merge(self._graph, params)
                 return _offload_xla.decode_step(
                     model, hosts, strategy, sizes, state, table, lookahead
                 )
 
-            return step
-        router = Router(
-            strategy,
-            sizes,
-            booleans(strategy, sizes),
-            settings.batch_size,
-            self.config.norm_topk_prob,
-        )
+            return plain_step
+        is_boolean, normalises = booleans(strategy, sizes), self.config.norm_topk_prob
+        router = Router(strategy, sizes, is_boolean, settings.batch_size, normalises)
         num_ahead = max(
             sizes.shape.depth if sizes.asks_gates else 0, lookahead.depth if lookahead else 0
         )
@@ -402,7 +402,12 @@ class OffloadEngine:
 
     def _empty_experts(self) -> ExpertCache:
         return empty_expert_cache(
-            self.sizes, self._store.layout, self.plan, self._strategy, self._dtype
+            self.sizes,
+            self._store.layout,
+            self.plan,
+            self._strategy,
+            self._dtype,
+            num_allocated=self._num_allocated,
         )
 
     def _num_columns(self, batch_size: int) -> int:

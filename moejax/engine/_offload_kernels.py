@@ -26,7 +26,6 @@ from .kernels._dense import (
     head,
     output_part,
     qkv_part,
-    router_part,
     shared_down_part,
     shared_up_part,
     sum_squares,
@@ -36,6 +35,7 @@ from .kernels._dense_weights import DenseLayers, DenseWeights
 from .kernels._experts import experts_down, experts_gate_up_part, tiles_of
 from .kernels._parts import Launch, Part, launch
 from .kernels._route import Router, issue_part, read_issued, read_routed, remember_step, route_part
+from .kernels._router import router_part
 
 _NUM_COLUMNS = 16
 
@@ -112,9 +112,7 @@ def decode_step(
     tables = remember_step(program.router, stream.tables, replay, how)
     tables = tables._replace(step=tables.step + 1)
     kv = KVCache(tuple(keys), tuple(values))
-    return Decoded(
-        logits[:, :batch_size].T, kv, ExpertCache(stream.slots, tables), tuple(routings)
-    )
+    return Decoded(logits[:, :batch_size].T, kv, ExpertCache(stream.slots, tables), tuple(routings))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -147,7 +145,9 @@ def _layer(
         updated, results = launch(name, parts, _how(program, name, columns), shared=shared)
         return updated[0] if updated else slots, results
 
-    slots, results = run("qkv", [copies("qkv"), qkv_part(layer, weights, x, eps, squares=squares)], slots)
+    slots, results = run(
+        "qkv", [copies("qkv"), qkv_part(layer, weights, x, eps, squares=squares)], slots
+    )
     how = Launch(4, is_interpreted=is_interpreted)
     attended, keys, values = attention(positions, turns, results[-1][0], keys, values, how=how)
     _, results = run("output", [None, output_part(layer, weights, x, attended)], slots)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.offload import unpack
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, Routing
@@ -16,8 +16,19 @@ from moejax.qwen_moe.modeling import DecoderLayer, SparseMoeBlock
 from moejax.strategies import Strategy
 
 from ._directory import Settled
-from ._event import PREFETCHES, Issued, ReplayTable, Served, Sizes, Tables
-from ._event import demand_row, issue, read_access, remember, serve
+from ._event import (
+    PREFETCHES,
+    Issued,
+    ReplayTable,
+    Served,
+    Sizes,
+    Tables,
+    demand_row,
+    issue,
+    read_access,
+    remember,
+    serve,
+)
 from ._expert_cache import ExpertCache, OffloadState, booleans
 
 # So many experts are spelled out one after another; more go round a loop.

@@ -4,9 +4,11 @@ Both are pure functions of the model and of plain arrays. The cache that goes in
 out of it changed, so a caller that donates it has it updated in place.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32, UInt
 
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, Routing
@@ -65,6 +67,22 @@ class Routed(NamedTuple):
     experts: UInt[Array, "batch tokens layers topk"]
     routing_weights: Float[Array, "batch tokens layers topk"]
     lookahead: UInt[Array, "batch tokens layers depth width"] | None
+
+
+class StepOutput(NamedTuple):
+    """What a call of a decode program tells the host.
+
+    Attributes:
+      token_ids: Chosen tokens, step by step.
+      logits: Scores behind the last step.
+      counts: `moejax.engine.COUNTS` of every step and layer.
+      routed: Routing of the last step, where it is recorded.
+    """
+
+    token_ids: Int32[Array, "steps batch"]
+    logits: Float[Array, "batch vocab"]
+    counts: Int32[Array, "steps layers counts"]
+    routed: Routed | None
 
 
 def prefill(
@@ -166,7 +184,21 @@ def decode(
     )
     step = place.step + 1
     token_ids = next_tokens(model.logits(hidden[:, 0]), step, draw)
-    return cache, Place(token_ids, place.positions + 1, step), routed_of(model.config, settings, routings)
+    return (
+        cache,
+        Place(token_ids, place.positions + 1, step),
+        routed_of(model.config, settings, routings),
+    )
+
+
+def fill_up(
+    prompts: Sequence[Int32[np.ndarray, " tokens"]], length: int
+) -> tuple[Int32[np.ndarray, "batch length"], Int32[np.ndarray, " batch"]]:
+    """Prompts filled up on the right to one length, and how long each is."""
+    token_ids = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(token_ids, prompts, strict=True):
+        row[: prompt.size] = prompt
+    return token_ids, np.array([prompt.size for prompt in prompts], np.int32)
 
 
 def prompt_bucket(num_tokens: int) -> int:

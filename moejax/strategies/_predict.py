@@ -114,7 +114,7 @@ class GateState(NamedTuple):
     nothing: Int[Array, "*layers"]
 
 
-def gate(*, reach: int = 4) -> Predictor:
+def gate(*, reach: int = 8) -> Predictor:
     """The next layers' own gates, applied early to this layer's hidden state.
 
     Reads `access.lookahead`, in which 1 stands for the most probable expert and lower numbers

@@ -73,9 +73,10 @@ def test_foreseeable_misses_are_spread_evenly():
 def test_true_lookahead_names_what_comes_in_the_same_token():
     experts = trace_of_hit_ratio(5, 4, EXPERTS, TOPK, 2, 8, 0.5)
     said = true_lookahead(experts, 2, depth=2)
-    assert said.shape == (5, 4, 2, 2, TOPK)
-    np.testing.assert_array_equal(said[:, 0, 0].reshape(5, -1), experts[:, 1])
-    np.testing.assert_array_equal(said[:, 1, 1].reshape(5, -1), experts[:, 3])
+    assert said.shape == (5, 4, 2, 2, 2 * TOPK)
+    np.testing.assert_array_equal(said[:, 0, 0, :, :TOPK].reshape(5, -1), experts[:, 1])
+    np.testing.assert_array_equal(said[:, 1, 1, :, :TOPK].reshape(5, -1), experts[:, 3])
+    assert (said[..., TOPK:] == not_computed(experts)).all()
     assert (said[:, 3] == not_computed(experts)).all()
     assert (said[:, 2, 1] == not_computed(experts)).all()
 

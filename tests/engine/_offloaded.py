@@ -1,5 +1,6 @@
 """Tiny offloaded models, and what the simulator says of the routing that they follow."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from moejax.cost import LayerClock
-from moejax.engine import COUNTS, OffloadEngine
+from moejax.engine import COUNTS, Engine, OffloadEngine
 from moejax.offload import ExpertLayout, ExpertStore, SlotPlan, pack
-from moejax.qwen_moe import QwenMoe, QwenMoeConfig, RoutedExperts
+from moejax.qwen_moe import Lookahead, QwenMoe, QwenMoeConfig, RoutedExperts
 from moejax.simulate import PrefetchSchedule, replay, timeline
 from moejax.simulate._replay import Replay
 from moejax.strategies import Profile, Strategy, learn_profile
@@ -21,7 +22,7 @@ from moejax.trace import Trace
 from ._tiny import CONFIG, random_model
 
 NUM_EXPERTS, TOPK, NUM_LAYERS = 12, 3, 3
-NUM_POSITIONS = 64
+NUM_POSITIONS, NUM_STEPS = 64, 26
 # Four layers, of which layer 1 has no experts; and one whose widths the kernels can do.
 WITH_A_GAP = replace(CONFIG, num_hidden_layers=4, num_experts=NUM_EXPERTS, num_experts_per_tok=TOPK)
 FOR_KERNELS = replace(
@@ -58,6 +59,23 @@ def take_apart(config: QwenMoeConfig) -> tuple[QwenMoe, ExpertStore]:
         config.num_experts, config.hidden_size, config.moe_intermediate_size, "float32"
     )
     return nnx.merge(graph, hollow, rest), ExpertStore(layout, tuple(layers))
+
+
+@functools.cache
+def recorded(config: QwenMoeConfig, batch_size: int) -> tuple[np.ndarray, Replay, np.ndarray]:
+    """Tokens and routing of the texts that `start` begins, as the resident engine records them."""
+    generation = Engine(random_model(config)).generate(
+        [[token] for token in FIRST_TOKENS[:batch_size]],
+        max_new_tokens=NUM_STEPS + 1,
+        record=True,
+        lookahead=Lookahead(2, 2 * TOPK),
+    )
+    routing = generation.finish().routing
+    token_ids = np.stack([text[:NUM_STEPS] for text in generation.token_ids], axis=1)
+    experts = np.stack([one.experts[:NUM_STEPS] for one in routing], axis=2)
+    said = np.stack([one.lookahead[:NUM_STEPS] for one in routing], axis=3)
+    flat = experts.reshape(NUM_STEPS, NUM_LAYERS, -1)
+    return token_ids, replay(flat, NUM_EXPERTS, lookahead=said), experts
 
 
 def decode(engine: OffloadEngine, batch_size: int, num_steps: int, *, plan=None, table=None) -> Run:

@@ -13,7 +13,7 @@ from moejax.bench._engine_counts import first_difference, simulated_counts
 from moejax.engine import OffloadEngine
 from moejax.engine._event import Tables
 from moejax.engine._expert_cache import ExpertCache
-from moejax.engine._programs import ProgramSettings, prompt_bucket
+from moejax.engine._programs import ProgramSettings, fill_up, prompt_bucket
 from moejax.engine._warm import WARM_STEPS
 from moejax.offload import SlotPlan
 from moejax.strategies import STRATEGIES
@@ -123,14 +123,11 @@ def _last_steps(routing: list[tuple[np.ndarray, int]]) -> np.ndarray:
 
 def _begin(engine: OffloadEngine, lengths: tuple[int, ...]) -> tuple[ExpertCache, np.ndarray]:
     """The experts behind the prompts, and the routing that led to them."""
-    prompts, bucket = _prompts(lengths), prompt_bucket(max(lengths))
-    token_ids = np.zeros((len(prompts), bucket), np.int32)
-    for row, prompt in zip(token_ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    settings = ProgramSettings(len(prompts), bucket, 80, is_greedy=True, is_recording=True)
+    bucket = prompt_bucket(max(lengths))
+    settings = ProgramSettings(len(lengths), bucket, 80, is_greedy=True, is_recording=True)
     engine._prepare_prefill(settings)
-    num_tokens = np.array(lengths, np.int32)
-    (_, experts), _, _, routed = engine._begin(settings, token_ids, num_tokens, None)
+    prompts = fill_up([np.array(prompt, np.int32) for prompt in _prompts(lengths)], bucket)
+    (_, experts), _, _, routed = engine._begin(settings, *prompts, None)
     assert routed is not None
     ids = [np.asarray(row)[:length] for row, length in zip(routed.experts, lengths, strict=True)]
     return experts, _last_steps(list(zip(ids, lengths, strict=True)))

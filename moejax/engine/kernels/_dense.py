@@ -71,7 +71,7 @@ def qkv_part(
       A part with one output, [qkv, batch] in the type of `x`.
     """
     batch = x.shape[1]
-    tile = tile or _tile_for("qkv", x)
+    tile = tile or tile_for("qkv", x)
     size, hidden = weights.qkv.shape[1:]
     rows, given = fit_rows(tile.rows, size), () if squares is None else (squares,)
     num_refs = 6 + len(given)
@@ -80,7 +80,7 @@ def qkv_part(
         layer_ref, norm_ref, weight_ref, bias_ref, x_ref, *known, out_ref = refs[-num_refs:]
         number = layer_ref[0]
         row = first_row(program, rows, size)
-        normed = _normed(x_ref, norm_ref, (number,), eps, tile.columns, *known)
+        normed = read_normed(x_ref, norm_ref, (number,), eps, tile.columns, *known)
         read = read_matrix(weight_ref, (number,), row, rows)
         (y,) = products([read], normed, hidden, rows, tile.columns, batch)
         bias = bias_ref[number, pl.ds(row, rows)]
@@ -118,7 +118,7 @@ def output_part(
       over each program's rows, float32 [parts, batch]: the next norm's work half done.
     """
     batch = x.shape[1]
-    tile = tile or _tile_for("output", x)
+    tile = tile or tile_for("output", x)
     size, num_columns = weights.output.shape[1:]
     rows = fit_rows(tile.rows, size)
 
@@ -153,91 +153,6 @@ def sum_squares(x: Float[Array, "rows batch"]) -> Float[Array, " batch"]:
     return jnp.sum(wide * wide, axis=0)
 
 
-def router_part(
-    layer: Int32[Array, " 1"],
-    weights: DenseLayers,
-    x: Float[Array, "hidden batch"],
-    eps: float,
-    *,
-    squares: Float[Array, "parts batch"] | None = None,
-    num_ahead: int = 0,
-    tile: Tile | None = None,
-) -> Part:
-    """What the experts wait for: the normed stream, and what the router says of it.
-
-    Args:
-      layer: Number of the layer.
-      weights: Weights of all layers.
-      x: Residual stream after attention.
-      eps: Added to the mean square in the norm.
-      squares: Sums over parts of its squares, where they are known; see `output_part`.
-      num_ahead: How many of the following layers' norms and routers also see this stream; after
-        the last layer follows the first.
-      tile: How to cut the products; None takes `TILES`.
-
-    Returns:
-      A part with the outputs router logits, float32 [padded_experts + 16, batch], of which row
-      `padded_experts` belongs to the shared expert's gate, rounded to the type of `x` as the model
-      does it; the normed stream [hidden, batch]; and with `num_ahead` the logits of the following
-      layers, float32 [num_ahead, padded_experts, batch].
-    """
-    batch = x.shape[1]
-    tile = tile or _tile_for("router", x)
-    num_layers, num_logits, hidden = weights.router.shape
-    num_experts, given = num_logits - NUM_GATE_ROWS, () if squares is None else (squares,)
-    # The first programs write the normed stream, the others answer for one row of a router each.
-    cuts = pieces(hidden, tile.columns)
-    num_refs = 6 + len(given) + (num_ahead > 0)
-
-    def body(program, *refs):
-        layer_ref, norm_ref, router_ref, x_ref, *others = refs[-num_refs:]
-        known, outputs = others[: len(given)], others[len(given) :]
-        number = layer_ref[0]
-
-        def answer(of_layer, row):
-            normed = _normed(x_ref, norm_ref, (of_layer,), eps, tile.columns, *known)
-            total = jnp.zeros((batch,), jnp.float32)
-            for offset, length in cuts:
-                row_weights = router_ref[of_layer, row, pl.ds(offset, length)]
-                values = normed(offset, length).astype(jnp.float32).reshape(length, batch)
-                total += jnp.sum(row_weights.astype(jnp.float32)[:, None] * values, axis=0)
-            return total.astype(x_ref.dtype).astype(jnp.float32)
-
-        for turn, (offset, length) in enumerate(cuts):
-
-            @pl.when(program == turn)
-            def _(offset=offset, length=length):
-                normed = _normed(x_ref, norm_ref, (number,), eps, tile.columns, *known)
-                write(outputs[1], offset, length, normed(offset, length).astype(x_ref.dtype))
-
-        row = program - len(cuts)
-
-        @pl.when((row >= 0) & (row < num_logits))
-        def _():
-            outputs[0][row, :] = answer(number, row)
-
-        if num_ahead:
-
-            @pl.when(row >= num_logits)
-            def _():
-                place = row - num_logits
-                ahead, expert = jax.lax.div(place, num_experts), jax.lax.rem(place, num_experts)
-                other = jax.lax.rem(number + 1 + ahead, num_layers)
-                outputs[2][ahead, expert, :] = answer(other, expert)
-
-    ahead = jax.ShapeDtypeStruct((num_ahead, num_experts, batch), jnp.float32)
-    return Part(
-        num_programs=len(cuts) + num_logits + num_ahead * num_experts,
-        body=body,
-        inputs=(layer, weights.post_norm, weights.router, x, *given),
-        outputs=(
-            jax.ShapeDtypeStruct((num_logits, batch), jnp.float32),
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            *([ahead] if num_ahead else []),
-        ),
-    )
-
-
 def shared_up_part(
     layer: Int32[Array, " 1"],
     weights: DenseLayers,
@@ -257,7 +172,7 @@ def shared_up_part(
       A part with one output, [ffn, batch].
     """
     batch = normed.shape[1]
-    tile = tile or _tile_for("shared_up", normed)
+    tile = tile or tile_for("shared_up", normed)
     hidden, num_ffn = normed.shape[0], weights.shared_down.shape[2]
     rows = fit_rows(tile.rows, num_ffn)
 
@@ -267,9 +182,7 @@ def shared_up_part(
         readers = [
             read_matrix(weight_ref, (layer_ref[0],), start + row, rows) for start in (0, num_ffn)
         ]
-        gate, up = products(
-            readers, read_activations(x_ref), hidden, rows, tile.columns, batch
-        )
+        gate, up = products(readers, read_activations(x_ref), hidden, rows, tile.columns, batch)
         write(out_ref, row, rows, (jax.nn.silu(gate) * up).astype(out_ref.dtype))
 
     return Part(
@@ -303,7 +216,7 @@ def shared_down_part(
       A part with one output, float32 [hidden, batch], to which the routed experts are added.
     """
     batch = x.shape[1]
-    tile = tile or _tile_for("shared_down", x)
+    tile = tile or tile_for("shared_down", x)
     size, num_columns = weights.shared_down.shape[1:]
     rows, gate_row = fit_rows(tile.rows, size), router_logits.shape[0] - NUM_GATE_ROWS
 
@@ -346,7 +259,7 @@ def head(
       tile: How to cut the product; None takes `TILES`.
     """
     batch = x.shape[1]
-    tile = tile or _tile_for("head", x)
+    tile = tile or tile_for("head", x)
     size, hidden = weights.head.shape
     rows = fit_rows(tile.rows, size)
 
@@ -355,7 +268,7 @@ def head(
     def body(program, norm_ref, weight_ref, x_ref, *others):
         *known, out_ref = others
         row = first_row(program, rows, size)
-        normed = _normed(x_ref, norm_ref, (), eps, tile.columns, *known)
+        normed = read_normed(x_ref, norm_ref, (), eps, tile.columns, *known)
         read = read_matrix(weight_ref, (), row, rows)
         (y,) = products([read], normed, hidden, rows, tile.columns, batch)
         write(out_ref, row, rows, y)
@@ -370,14 +283,14 @@ def head(
     return logits
 
 
-def _tile_for(name: str, x: Array) -> Tile:
+def tile_for(name: str, x: Array) -> Tile:
     """The usual cut; of float32 fewer columns at a time, so that registers still hold them."""
     tile = tile_of(name, x.shape[1])
     is_wide = x.shape[1] > 1 and x.dtype.itemsize > 2
     return tile._replace(columns=tile.columns // 4) if is_wide else tile
 
 
-def _normed(x_ref, norm_ref, at: tuple, eps: float, columns: int, squares_ref=None) -> Reader:
+def read_normed(x_ref, norm_ref, at: tuple, eps: float, columns: int, squares_ref=None) -> Reader:
     """Reads the normed stream, which every program norms anew: cheaper than a kernel before."""
     read = read_activations(x_ref)
     hidden, batch = x_ref.shape

@@ -9,10 +9,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from moejax.engine._event import PREFETCHES, ReplayTable, Sizes, Tables
-from moejax.engine._event import demand_row, issue, read_access, remember, serve
+from moejax.engine._event import (
+    PREFETCHES,
+    ReplayTable,
+    Sizes,
+    Tables,
+    demand_row,
+    is_link_free,
+    issue,
+    read_access,
+    remember,
+    serve,
+)
 from moejax.strategies import Strategy
 
 from . import _active
@@ -182,15 +193,22 @@ def issue_part(
         said = _said(router, known, replay, ahead_ref, layer)
         if said is not None:
             known.said[layer, :, :] = said
-        demand = known.demand[demand_row(sizes, known, layer), :]
-        is_resident = known.resident[layer, :] > 0
-        access = read_access(sizes, known, replay, layer, demand, is_resident, said)
-        state = _read_state(router, known, layer)
-        issued = issue(router.strategy, sizes, known, access, state)
-        refs[-1][:] = issued.job
-        known.slot_of[issued.target, :] = issued.slot_of
-        known.score[issued.target, :] = issued.score
-        known.counts[layer, PREFETCHES] = issued.choice.is_issued.astype(jnp.int32)
+        is_free = is_link_free(sizes, known, layer)
+        refs[-1][:] = known.job[:]
+        known.counts[layer, PREFETCHES] = 0
+
+        # While a copy is under way there is nothing to choose, and this program is soon done.
+        @pl.when(is_free)
+        def _():
+            demand = known.demand[demand_row(sizes, known, layer), :]
+            is_resident = known.resident[layer, :] > 0
+            access = read_access(sizes, known, replay, layer, demand, is_resident, said)
+            state = _read_state(router, known, layer)
+            issued = issue(router.strategy, sizes, known, access, state)
+            refs[-1][:] = issued.job
+            known.slot_of[issued.target, :] = issued.slot_of
+            known.score[issued.target, :] = issued.score
+            known.counts[layer, PREFETCHES] = issued.choice.is_issued.astype(jnp.int32)
 
     outputs = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written)
     outputs += (jax.ShapeDtypeStruct(tables.job.shape, jnp.int32),)
@@ -320,10 +338,19 @@ def _said(router: Router, tables: Tables, replay: ReplayTable | None, ahead, lay
 
 
 def _ranked(router: Router, logits, width: int):
-    shape = logits.shape
+    """What the rank of each expert is worth, the best of all requests."""
+    shape, num_experts = logits.shape, router.sizes.shape.num_experts
     expert = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    left = jnp.where(expert < num_experts, logits, -jnp.inf)
+    if shape[1] == 1:
+        mine, number = left[:, 0], jax.lax.iota(jnp.int32, shape[0])
+        is_better = (mine[None, :] > mine[:, None]) | (
+            (mine[None, :] == mine[:, None]) & (number[None, :] < number[:, None])
+        )
+        rank = is_better.astype(jnp.int32).sum(1, dtype=jnp.int32)
+        steps = 255 - jax.lax.div(255 * rank, jnp.full_like(rank, width))
+        return jnp.where(rank < width, steps.astype(jnp.float32) / 255, 0.0)
     is_real = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < router.batch_size
-    left = jnp.where(expert < router.sizes.shape.num_experts, logits, -jnp.inf)
     worth = jnp.zeros(shape, jnp.float32)
     for rank in range(width):
         best = left.max(0)
@@ -340,5 +367,3 @@ def _read_state(router: Router, tables: Tables, layer) -> Any:
         tables.state,
         router.is_boolean,
     )
-
-

@@ -15,7 +15,7 @@ from moejax.errors import UsageError
 from ._lowering import count_kernels, lower_for_gpu
 
 NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS, NUM_ROWS, HIDDEN = 5, 3, 4, 90, 48
-KERNELS = ("qkv", "route", "experts", "down")
+KERNELS = ("qkv", "route", "experts")
 HOSTS = jax.random.normal(jax.random.key(0), (NUM_LAYERS, NUM_EXPERTS, NUM_ROWS, HIDDEN))
 EMPTY = jnp.zeros((NUM_SLOTS, NUM_ROWS, HIDDEN))
 
@@ -50,17 +50,17 @@ def test_the_last_row_lands_just_before_the_experts(num_rows: int, layers_per_co
         for layers in (layers_per_copy - 1, layers_per_copy)
     ]
     assert landed[0] < num_rows <= landed[1]
-    assert min(plan[:4]) >= 0
-    assert plan.rows_per_event == sum(plan[:4])
+    assert min(plan[:3]) >= 0
+    assert plan.rows_per_event == sum(plan[:3])
     assert plan.rows_before_experts == plan.rows_before("experts")
 
 
 def test_rows_are_in_proportion_to_time():
     plan = schedule(4224, 3)
-    times = np.array([12, 17.5, 25.5, 11])
-    shares = np.array(plan[:4]) / plan.rows_per_event
+    times = np.array([11.5, 18, 26.5])
+    shares = np.array(plan[:3]) / plan.rows_per_event
     np.testing.assert_allclose(shares, times / times.sum(), atol=1e-3)
-    assert plan.rows_per_event == pytest.approx(4224 / (2 + 29.5 / 66), abs=1)
+    assert plan.rows_per_event == pytest.approx(4224 / (2 + 29.5 / 56), abs=1)
 
 
 @pytest.mark.parametrize(("num_rows", "layers_per_copy"), [(24, 0), (3, 9)])
@@ -110,15 +110,17 @@ def test_nothing_is_copied_without_a_job(is_valid: bool, is_live: int, event: in
     """Without a valid one, with one that is given up, after its end, in the event that chose it."""
     plan = schedule(NUM_ROWS, 2)
     fields = job(layer=3, expert=1, slot=2, issued=11, is_valid=is_valid)
-    slots = copy(plan, "down", 8, fields, jnp.int32(event), EMPTY, jnp.array([is_live], jnp.int32))
+    slots = copy(
+        plan, "experts", 8, fields, jnp.int32(event), EMPTY, jnp.array([is_live], jnp.int32)
+    )
     np.testing.assert_array_equal(slots, EMPTY)
 
 
 def test_a_live_job_goes_on():
     plan = schedule(NUM_ROWS, 2)
     fields = job(layer=3, expert=1, slot=2, issued=11)
-    slots = copy(plan, "down", 8, fields, jnp.int32(12), EMPTY, jnp.ones(1, jnp.int32))
-    first, last = plan.rows_before("down"), plan.rows_per_event
+    slots = copy(plan, "experts", 8, fields, jnp.int32(12), EMPTY, jnp.ones(1, jnp.int32))
+    first, last = plan.rows_before("experts"), plan.rows_per_event
     np.testing.assert_array_equal(slots[2, first:last], HOSTS[3, 1, first:last])
 
 
@@ -135,9 +137,9 @@ def test_lowers_for_cuda_at_full_size(num_warps: int):
 
     def step(layer, fields, step_number, hosts, slots, is_live):
         prefetch = Prefetch(fields, step_number, hosts)
-        part = copy_part(prefetch, layer, 24, plan, "down", num_warps, is_live)
+        part = copy_part(prefetch, layer, 24, plan, "experts", num_warps, is_live)
         assert isinstance(part, Part)
-        return launch("down", [part], Launch(num_warps), shared=(slots,))
+        return launch("experts", [part], Launch(num_warps), shared=(slots,))
 
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     fields = jax.ShapeDtypeStruct((NUM_FIELDS,), jnp.int32)
