@@ -141,4 +141,6 @@ def _filled(engine: OffloadEngine, batch_size: int, num_positions: int, fill: Ro
         state, _ = program(state, None, table)
         state = with_tokens(state, np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32))
     fresh = engine.new_state(batch_size, num_positions)
-    return fresh._replace(experts=state.experts)
+    # A replay that follows begins with its first step.
+    tables = state.experts.tables._replace(step=fresh.experts.tables.step)
+    return fresh._replace(experts=state.experts._replace(tables=tables))

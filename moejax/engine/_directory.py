@@ -214,6 +214,9 @@ class Choice(NamedTuple):
 
 # A wrong copy is not free even in the shadow of compute: it must be at least this probable.
 _PRICE_RATIO = 0.5
+# Chances closer than this are equal and the nearer layer goes first: sums that are taken in
+# another order must not decide.
+_STEPS_OF_CHANCE = 128
 
 
 def choose_prefetch(
@@ -239,7 +242,8 @@ def choose_prefetch(
     has_room = (~is_full | (lowest < jnp.inf)) & (ahead.num_slots > 0)
     # In shares of a copy as whole numbers, like the simulator: a quotient may round differently.
     hidden = jnp.minimum(row + 1, layers_per_copy).astype(jnp.float32)
-    gain = hidden * (probability - lost[:, None] - _PRICE_RATIO)
+    chance = probability - lost[:, None] - _PRICE_RATIO
+    gain = hidden * jnp.floor(_STEPS_OF_CHANCE * chance + 0.5)
     is_wanted = ~is_resident & has_room[:, None] & (probability > 0)
     gain = jnp.where(is_wanted, gain, -jnp.inf)
     best = gain.max(1).max(0)

@@ -17,11 +17,11 @@ from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
 from moejax.strategies import CacheShape, Strategy
 
-from . import _offload_kernels, _offload_xla
 from ._check import check_fit, check_prompts, check_recording, check_seed
+from ._decode import make_step
 from ._dense_model import DenseModel, choose_kernels
 from ._event import COUNTS, ReplayTable
-from ._expert_cache import ExpertCache, OffloadState, booleans, make_replay_table, make_sizes
+from ._expert_cache import ExpertCache, OffloadState, make_replay_table, make_sizes
 from ._expert_cache import empty_cache as empty_expert_cache
 from ._generate import Generation
 from ._programs import (
@@ -38,8 +38,7 @@ from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw, next_to
 from ._stream import StreamedPrefill
 from ._warm import WarmUp
 from .kernels._copy import schedule
-from .kernels._dense_weights import DenseWeights, pack_dense
-from .kernels._route import Router
+from .kernels._dense_weights import pack_dense
 
 # Layers of Qwen1.5-MoE whose compute hides the copy of one expert, at a batch of one on an H100.
 _LAYERS_PER_COPY = 5
@@ -319,7 +318,9 @@ class OffloadEngine:
         key = (settings, num_steps, is_replayed)
         if key in self._programs:
             return self._programs[key]
-        step = self._step_function(settings)
+        step = make_step(
+            self.config, self.kernels, self._graph, self._strategy, self.sizes, settings
+        )
 
         def program(params, hosts, kv, place, experts, draw, table):
             self.num_compiles["decode"] += 1
@@ -374,31 +375,6 @@ class OffloadEngine:
 
         self._programs[key] = call
         return call
-
-    def _step_function(self, settings: ProgramSettings) -> Callable[..., Any]:
-        strategy, sizes, lookahead = self._strategy, self.sizes, settings.lookahead
-        if self.kernels == "xla":
-
-            def plain_step(params, hosts, state, table):
-                model = nnx.merge(self._graph, params)
-                return _offload_xla.decode_step(
-                    model, hosts, strategy, sizes, state, table, lookahead
-                )
-
-            return plain_step
-        is_boolean, normalises = booleans(strategy, sizes), self.config.norm_topk_prob
-        router = Router(strategy, sizes, is_boolean, settings.batch_size, normalises)
-        num_ahead = max(
-            sizes.shape.depth if sizes.asks_gates else 0, lookahead.depth if lookahead else 0
-        )
-        program = _offload_kernels.Program(
-            self.config, router, num_ahead, is_interpreted=self.kernels == "interpret"
-        )
-
-        def step(params: DenseWeights, hosts, state, table):
-            return _offload_kernels.decode_step(params, hosts, program, state, table, lookahead)
-
-        return step
 
     def _empty_experts(self) -> ExpertCache:
         return empty_expert_cache(

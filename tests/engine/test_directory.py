@@ -246,7 +246,8 @@ def plain_choice(slot_of, score, num_slots, probability, layers_per_copy):
                 continue
             victim, lost = ranked[0], chance[ranked[0]]
         for expert in sorted(set(range(EXPERTS)) - set(resident)):
-            gain = min(row + 1, layers_per_copy) * (chance[expert] - lost - 0.5)
+            steps = np.floor(128 * (chance[expert] - lost - 0.5) + 0.5)
+            gain = min(row + 1, layers_per_copy) * steps
             if gain > best:
                 best, found = gain, (row, expert, victim)
     return found

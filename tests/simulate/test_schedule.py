@@ -153,7 +153,8 @@ def plain_schedule(strategy, lane, slots, schedule, copy_s, start=None):
                 victim, lost = ranked[0], row[ranked[0]]
             hidden = np.float32(min(d + 1, schedule.layers_per_copy))
             for expert in sorted(set(range(NUM_EXPERTS)) - resident[target]):
-                gain = hidden * (row[expert] - lost - np.float32(0.5))
+                chance = row[expert] - lost - np.float32(0.5)
+                gain = hidden * np.floor(np.float32(128) * chance + np.float32(0.5))
                 if gain > best[0]:
                     best = (gain, d, expert, victim)
         _, d, expert, victim = best

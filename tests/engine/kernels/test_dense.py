@@ -16,7 +16,6 @@ from moejax.engine.kernels._dense import (
     head,
     output_part,
     qkv_part,
-    router_part,
     shared_down_part,
     shared_up_part,
     sum_squares,
@@ -31,6 +30,7 @@ from moejax.engine.kernels._dense_weights import (
     supports,
 )
 from moejax.engine.kernels._parts import Launch, Part, launch, layer_number
+from moejax.engine.kernels._router import router_part
 from moejax.errors import UsageError
 from moejax.qwen_moe import QwenMoe
 
