@@ -304,17 +304,22 @@ class _Job(NamedTuple):
     def read(
         cls, tables: Tables, sizes: Sizes, event: Int[Array, ""], at: Int[Array, ""]
     ) -> "_Job":
-        fields = [tables.job[field] for field in (LAYER, EXPERT, SLOT, ISSUED, VALID)]
-        layer, _, _, issued, valid = fields
+        layer, expert, slot, issued, valid = (
+            tables.job[field] for field in (LAYER, EXPERT, SLOT, ISSUED, VALID)
+        )
         is_valid = valid > 0
         if sizes.schedule is None:
             never = valid < 0
-            return cls(*fields, never, never, never, never, valid)
+            return cls(layer, expert, slot, issued, valid, never, never, never, never, valid)
         num_layers = event - issued
         copied = (num_layers - 1) * sizes.schedule.rows_per_event
         copied = copied + sizes.schedule.rows_before_experts
         return cls(
-            *fields,
+            layer,
+            expert,
+            slot,
+            issued,
+            valid,
             is_valid=is_valid,
             is_due=is_valid & (layer == at),
             has_landed=num_layers >= sizes.schedule.layers_per_copy,

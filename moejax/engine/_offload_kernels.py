@@ -105,7 +105,10 @@ def decode_step(
             values[number],
             replay,
         )
-        routings.append(_routing(program, number, *routed, lookahead))
+        selected, chosen_weights, logits, ahead = routed
+        routings.append(
+            _routing(program, number, selected, chosen_weights, logits, ahead, lookahead)
+        )
     how = _how(program, "head", x.shape[1])
     logits = head(weights, stream.x, config.rms_norm_eps, how, squares=stream.squares)
     how = Launch(4, is_interpreted=program.is_interpreted)

@@ -327,6 +327,7 @@ def _said(router: Router, tables: Tables, replay: ReplayTable | None, ahead, lay
         return None
     depth, width = sizes.shape.depth, sizes.lookahead_width
     if replay is not None:
+        assert replay.lookahead is not None
         return replay.lookahead[tables.step[0] % replay.lookahead.shape[0], layer, :, :]
     row = jax.lax.broadcasted_iota(jnp.int32, (depth, sizes.num_padded), 0)
     said = jnp.zeros((depth, sizes.num_padded), jnp.float32)
