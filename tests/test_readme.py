@@ -93,6 +93,33 @@ def test_figures_of_the_model_are_those_of_its_last_run():
     assert not [part for part in shown if part not in words]
 
 
+def test_figures_of_the_engine_are_those_of_its_run():
+    results, words = read_results("h100-engine"), " ".join(README.split())
+    rows = [r for r in results["engine"] if r["strategy"] == "lru" and r["slots"] == 8]
+    rows = [r for r in rows if r["batch_size"] == 1 and r["scope"] == "layer"]
+
+    def row(routing: str) -> dict:
+        return next(r for r in rows if r["routing"] == routing)
+
+    found = [row(f"{share} % hits of 8 slots") for share in (100, 90, 0)]
+    times = [1e3 * r["step_s"]["median"] for r in found]
+    ratios = [r["bound_sum_ratio"] for r in found]
+    host = next(
+        b
+        for b in results["baselines"]
+        if b["system"] == "host-driven" and 0.85 < b["hit_ratio"] < 0.95
+    )
+    factor = host["step_s"]["median"] / found[1]["step_s"]["median"]
+    shown = (
+        f"takes {times[0]:.2f} ms with every expert in a slot, {times[1]:.2f} ms at 90 % hits and "
+        f"{times[2]:.1f} ms with all missed",
+        f"{ratios[0]:.2f}, {ratios[1]:.2f} and {ratios[2]:.2f} times the sum",
+        f"{factor:.1f} times as fast as a host-driven loop",
+        f"takes {results['prefill']['bound_ratio']:.2f} times the copy of all experts",
+    )
+    assert not [part for part in shown if part not in words]
+
+
 def test_figures_of_the_small_model_are_those_of_its_report():
     pinned = read_results("small-models")["recording"]["small-moe"]["domains"]["pinned_0.5"]
     same, other = (pinned[f"{which}_domain_hit_ratio"] for which in ("same", "other"))

@@ -9,7 +9,42 @@ from moejax.errors import UsageError
 from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import Lookahead, QwenMoeConfig
 
+from ._programs import ProgramSettings, cache_bucket, prompt_bucket
+from ._sampling import Sampling
+
 _MAX_SEED = 2**32 - 1
+
+
+def check_generation(
+    config: QwenMoeConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    record: bool,
+    lookahead: Lookahead | None,
+) -> tuple[list[Int32[np.ndarray, " tokens"]], ProgramSettings]:
+    """The prompts of one batch as arrays, and what its programs are compiled for.
+
+    Raises:
+      UsageError: A prompt is empty, too long or holds what is no token, or another argument is
+        out of range.
+    """
+    arrays = check_prompts(config, prompts, max_new_tokens)
+    check_seed(seed)
+    if record:
+        check_recording(config, lookahead)
+    bucket = prompt_bucket(max(prompt.size for prompt in arrays))
+    return arrays, ProgramSettings(
+        batch_size=len(arrays),
+        num_tokens=bucket,
+        # By the bucket, not by the longest prompt: one cache length for all of its prompts.
+        num_positions=cache_bucket(bucket + max_new_tokens - 1),
+        is_greedy=sampling.is_greedy,
+        is_recording=record,
+        lookahead=lookahead if record else None,
+    )
 
 
 def check_prompts(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from moejax.strategies import keep_best
+from moejax.strategies import CHANCE_STEPS, PREFETCH_PRICE_RATIO, keep_best
 
 NOWHERE = -1
 _LAST = 2**30
@@ -212,13 +212,6 @@ class Choice(NamedTuple):
     victim: Int32[Array, ""]
 
 
-# A wrong copy is not free even in the shadow of compute: it must be at least this probable.
-_PRICE_RATIO = 0.5
-# Chances closer than this are equal and the nearer layer goes first: sums that are taken in
-# another order must not decide.
-_STEPS_OF_CHANCE = 128
-
-
 def choose_prefetch(
     ahead: Ahead, probability: Float[Array, "depth experts"], layers_per_copy: int
 ) -> Choice:
@@ -242,8 +235,8 @@ def choose_prefetch(
     has_room = (~is_full | (lowest < jnp.inf)) & (ahead.num_slots > 0)
     # In shares of a copy as whole numbers, like the simulator: a quotient may round differently.
     hidden = jnp.minimum(row + 1, layers_per_copy).astype(jnp.float32)
-    chance = probability - lost[:, None] - _PRICE_RATIO
-    gain = hidden * jnp.floor(_STEPS_OF_CHANCE * chance + 0.5)
+    chance = probability - lost[:, None] - PREFETCH_PRICE_RATIO
+    gain = hidden * jnp.floor(CHANCE_STEPS * chance + 0.5)
     is_wanted = ~is_resident & has_room[:, None] & (probability > 0)
     gain = jnp.where(is_wanted, gain, -jnp.inf)
     best = gain.max(1).max(0)

@@ -14,18 +14,16 @@ from jaxtyping import Array, Float, Int32
 
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
 
-from ._check import check_prompts, check_recording, check_seed
+from ._check import check_generation
 from ._generate import Generation
 from ._programs import (
     PREFILL_OPTIONS,
     Place,
     ProgramSettings,
     Routed,
-    cache_bucket,
     decode,
     fill_up,
     prefill,
-    prompt_bucket,
 )
 from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw
 
@@ -95,21 +93,16 @@ class Engine:
           UsageError: A prompt is empty, too long or holds what is no token, or another argument
             is out of range.
         """
-        arrays = check_prompts(self.config, prompts, max_new_tokens)
-        check_seed(seed)
-        if record:
-            check_recording(self.config, lookahead)
-        bucket = prompt_bucket(max(prompt.size for prompt in arrays))
-        settings = ProgramSettings(
-            batch_size=len(arrays),
-            num_tokens=bucket,
-            # By the bucket, not by the longest prompt: one cache length for all of its prompts.
-            num_positions=cache_bucket(bucket + max_new_tokens - 1),
-            is_greedy=sampling.is_greedy,
-            is_recording=record,
-            lookahead=lookahead if record else None,
+        arrays, settings = check_generation(
+            self.config,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            record=record,
+            lookahead=lookahead,
         )
-        token_ids, num_tokens = fill_up(arrays, bucket)
+        token_ids, num_tokens = fill_up(arrays, settings.num_tokens)
         draw = None if sampling.is_greedy else make_draw(sampling, seed, first_request, len(arrays))
 
         start_s = time.perf_counter()

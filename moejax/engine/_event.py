@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from moejax.strategies import Access, CacheShape, Decision, Future, Strategy
+from moejax.strategies import NEVER, Access, CacheShape, Decision, Future, Strategy
 
 from ._directory import (
     Ahead,
@@ -29,7 +29,6 @@ COUNTS = ("demands", "hits", "late", "misses", "prefetches", "fetched_rows")
 
 NUM_COUNTS = 8
 PREFETCHES = COUNTS.index("prefetches")
-NEVER = 2**30
 
 
 class Sizes(NamedTuple):

@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Shaped, UInt
 from moejax.errors import UsageError
 from moejax.offload import ExpertLayout, SlotPlan
 from moejax.qwen_moe import KVCache
-from moejax.strategies import CacheShape, Strategy
+from moejax.strategies import NEVER, CacheShape, Strategy
 from moejax.trace import demand_counts, next_use
 
-from ._event import NEVER, NUM_COUNTS, ReplayTable, Sizes, Tables
+from ._event import NUM_COUNTS, ReplayTable, Sizes, Tables
 from ._programs import Place
 from .kernels._copy import NUM_FIELDS, Schedule
 from .kernels._parts import next_power_of_2

@@ -17,7 +17,7 @@ from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
 from moejax.strategies import CacheShape, Strategy
 
-from ._check import check_fit, check_prompts, check_recording, check_seed
+from ._check import check_fit, check_generation
 from ._decode import make_step
 from ._dense_model import DenseModel, choose_kernels
 from ._event import COUNTS, ReplayTable
@@ -29,9 +29,7 @@ from ._programs import (
     ProgramSettings,
     Routed,
     StepOutput,
-    cache_bucket,
     fill_up,
-    prompt_bucket,
     routed_of,
 )
 from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw, next_tokens
@@ -147,21 +145,17 @@ class OffloadEngine:
           UsageError: A prompt is empty, too long or holds what is no token, the strategy needs
             the future, or another argument is out of range.
         """
-        arrays = check_prompts(self.config, prompts, max_new_tokens)
-        check_seed(seed)
         self._refuse_oracle(is_replayed=False)
-        if record:
-            check_recording(self.config, lookahead)
-        bucket = prompt_bucket(max(prompt.size for prompt in arrays))
-        settings = ProgramSettings(
-            batch_size=len(arrays),
-            num_tokens=bucket,
-            num_positions=cache_bucket(bucket + max_new_tokens - 1),
-            is_greedy=sampling.is_greedy,
-            is_recording=record,
-            lookahead=lookahead if record else None,
+        arrays, settings = check_generation(
+            self.config,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            record=record,
+            lookahead=lookahead,
         )
-        token_ids, num_tokens = fill_up(arrays, bucket)
+        token_ids, num_tokens = fill_up(arrays, settings.num_tokens)
         draw = None
         if not sampling.is_greedy:
             draw = make_draw(sampling, seed, first_request, len(arrays))

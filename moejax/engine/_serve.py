@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int32
 from moejax.errors import UsageError
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoeConfig
 
-from ._check import check_prompts, check_recording, check_seed
+from ._check import check_generation
 from ._generate import RequestRouting, check_logits, join_routing
-from ._programs import Place, ProgramSettings, Routed, cache_bucket, prompt_bucket
+from ._programs import Place, ProgramSettings, Routed, prompt_bucket
 from ._sampling import GREEDY, Draw, Sampling, make_draw
 
 
@@ -249,19 +249,16 @@ def serve(
     """
     if batch_size < 1:
         raise UsageError(f"a batch of {batch_size} requests is empty", "Use 1 or more.")
-    arrays = check_prompts(engine.config, prompts, max_new_tokens)
-    check_seed(seed)
-    if record:
-        check_recording(engine.config, lookahead)
-    longest = prompt_bucket(max(prompt.size for prompt in arrays))
-    settings = ProgramSettings(
-        batch_size=batch_size,
-        num_tokens=1,
-        num_positions=cache_bucket(longest + max_new_tokens - 1),
-        is_greedy=sampling.is_greedy,
-        is_recording=record,
-        lookahead=lookahead if record else None,
+    arrays, settings = check_generation(
+        engine.config,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        record=record,
+        lookahead=lookahead,
     )
+    settings = settings._replace(batch_size=batch_size, num_tokens=1)
     draw = None if sampling.is_greedy else make_draw(sampling, seed, first_request, batch_size)
     return Service(
         engine,

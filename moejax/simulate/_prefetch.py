@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.cost import LayerClock
-from moejax.simulate._replay import NEVER
-from moejax.strategies import Access, CacheShape, worst
+from moejax.strategies import (
+    CHANCE_STEPS,
+    NEVER,
+    PREFETCH_PRICE_RATIO,
+    Access,
+    CacheShape,
+    worst,
+)
 
 MAX_PREFETCHES = 4
-# A wrong copy is not free even in the shadow of compute: it must be at least this probable.
-_PRICE_RATIO = 0.5
-# By the schedule, chances closer than this are equal and the nearer layer goes first: sums that
-# are taken in another order must not decide.
-_STEPS_OF_CHANCE = 128
 
 
 class PrefetchSchedule(NamedTuple):
@@ -150,8 +151,8 @@ def prefetch_by_schedule(
     victim, lost, has_room = _room(resident, score, access, probability)
     # What is hidden, in shares of a copy as whole numbers: a quotient is not the same everywhere.
     num_hidden = jnp.minimum(jnp.arange(1, shape.depth + 1), schedule.layers_per_copy)
-    chance = probability - lost[:, None] - _PRICE_RATIO
-    chance = jnp.floor(_STEPS_OF_CHANCE * chance + 0.5)
+    chance = probability - lost[:, None] - PREFETCH_PRICE_RATIO
+    chance = jnp.floor(CHANCE_STEPS * chance + 0.5)
     gain = num_hidden.astype(jnp.float32)[:, None] * chance
     gain = jnp.where(~resident & has_room[:, None], gain, -jnp.inf)
     best = jnp.argmax(gain)

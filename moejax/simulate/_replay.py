@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from moejax.strategies import Access, CacheShape, Future
+from moejax.strategies import NEVER, Access, CacheShape, Future
 from moejax.trace import demand_counts, next_use
 
-NEVER = 2**30
 MAX_DEPTH = 3
 
 

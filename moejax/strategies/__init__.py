@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from moejax.strategies._base import CHANCE_STEPS as CHANCE_STEPS
+from moejax.strategies._base import NEVER as NEVER
+from moejax.strategies._base import PREFETCH_PRICE_RATIO as PREFETCH_PRICE_RATIO
 from moejax.strategies._base import Access as Access
 from moejax.strategies._base import CacheShape as CacheShape
 from moejax.strategies._base import Decision as Decision

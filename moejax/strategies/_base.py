@@ -21,6 +21,17 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from moejax._types import PRNGKey
 
+NEVER = 2**30
+"""Step or event of a next use that does not come."""
+
+PREFETCH_PRICE_RATIO = 0.5
+"""How probable a prefetch by a fixed schedule must be at least: even in the shadow of compute a
+wrong copy is not free."""
+
+CHANCE_STEPS = 128
+"""Steps of probability that a fixed schedule tells apart. Closer chances are equal and the nearer
+layer goes first: sums that are taken in another order must not decide."""
+
 
 class CacheShape(NamedTuple):
     """The static sizes a strategy needs to build its state.

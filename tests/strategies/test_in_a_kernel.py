@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moejax.engine.kernels._parts import Launch, launch
-from moejax.engine.kernels._pure import as_part
 from moejax.simulate import ranks, replay
 from moejax.strategies import (
     STRATEGIES,
@@ -28,6 +27,7 @@ from moejax.strategies import (
 from moejax.trace import Trace
 
 from ..engine.kernels._lowering import count_kernels, lower_for_gpu
+from ._one_program import as_part
 
 KEY = jax.random.key(0)
 NUM_LAYERS, TOPK = 9, 3

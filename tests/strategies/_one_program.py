@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ._parts import Part
+from moejax.engine.kernels._parts import Part
 
 
 def as_part(
