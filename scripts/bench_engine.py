@@ -58,8 +58,8 @@ from moejax.trace import Trace
 SEED = 0
 FORESIGHT_RATIO = 0.95
 RATIOS = (1.0, 0.9, 0.0, 0.5, 0.75, 0.95)
-# Slots, and distinct experts that an event demands, by the number of requests.
-BATCHES = {4: (16, 12), 16: (30, 28)}
+# Slots, distinct experts that an event demands and hit ratios, by the number of requests.
+BATCHES = {4: (16, 12, (1.0, 0.9, 0.0)), 16: (30, 28, (1.0, 0.9, 0.5))}
 SLOTS = (4, 16, 30, 60)
 CHECK_SLOTS = (4, 8, 16, 30, 60)
 CONTEXTS = (100, 2048, 8192)
@@ -302,7 +302,7 @@ def measure_batches(run: Run) -> None:
     for size, wanted in BATCHES.items():
         most = min(run.config.num_experts, size * run.config.num_experts_per_tok)
         slots, distinct = min(wanted[0], run.config.num_experts), min(wanted[1], most)
-        names = [run.routing(slots, ratio, size, distinct) for ratio in RATIOS[:2]]
+        names = [run.routing(slots, ratio, size, distinct) for ratio in wanted[2]]
         run.measure([case("lru", slots, name, batch_size=size) for name in names])
 
 

@@ -103,19 +103,20 @@ class StreamedPrefill:
         x = embed.call(self._parts.outer_params, token_ids)
         outputs, users = [], []
         for number, program in enumerate(layers):
-            packed = on_device.popleft() if number in self._packed else None
+            packed = None
+            if number in self._packed:
+                if users:
+                    # The layer before makes room for the next. That one is sent before this one
+                    # is computed, since a copy waits for what the device was told to do earlier.
+                    jax.block_until_ready(users)
+                    on_device.extend(_send(layer) for layer in islice(waiting, 1))
+                packed = on_device.popleft()
             x, *output = program.call(*self._weights(number, settings.lookahead), packed, x)
             outputs.append(output)
-            if packed is None:
-                continue
-            if users:
-                # This layer is under way: the device stays busy while the host waits for the
-                # one before, whose experts make room for the next.
-                jax.block_until_ready(users)
-                on_device.extend(_send(layer) for layer in islice(waiting, 1))
-            users = [x]
-            if on_layer is not None:
-                users.append(on_layer(self._moe_layers.index(number), packed, output[-1]))
+            if packed is not None:
+                users = [x]
+                if on_layer is not None:
+                    users.append(on_layer(self._moe_layers.index(number), packed, output[-1]))
         return head.call(self._parts.outer_params, x, *_collect(outputs), num_tokens, draw)
 
     def _programs(self, settings: ProgramSettings) -> "_Programs":
