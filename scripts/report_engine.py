@@ -2,6 +2,7 @@
 
     python scripts/report_engine.py
     python scripts/report_engine.py --take results.json --checks checks.json
+    python scripts/report_engine.py --take results.json --out reports/h200-engine
 
 The first makes report.md and the figures of results.json; the second takes a run of
 scripts/bench_engine.py before that, and what its part `check` found, also of fewer layers.
@@ -17,6 +18,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from engine_goals import (
     Row,
     fastest,
@@ -59,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.take is not None or options.checks is not None:
             write_json(path, results)
         draw_steps(results, options.out / "figures")
-        write_text(options.out / "report.md", page(results))
+        command = COMMAND if options.out == FOLDER else f"{COMMAND} --out reports/{options.out.name}"
+        write_text(options.out / "report.md", page(results, command))
     except MoejaxError as error:
         print(f"error: {error.cause}\n\nhint: {error.hint}", file=sys.stderr)
         return error.exit_code
@@ -115,8 +118,10 @@ def draw_steps(results: Row, folder: Path) -> None:
         y = [1e3 * median_s(row) for row in mine]
         axes.plot(x, y, marker, color=OURS, ms=6, label=f"lru, batch {size}")
         bounds = [1e3 * row["bound_sum_s"] for row in mine]
-        label = "sum bound" if size == mine[0]["batch_size"] == rows[0]["batch_size"] else None
-        axes.plot(x, bounds, color=INK, linewidth=1, label=label)
+        label = "sum bound" if size == rows[0]["batch_size"] else None
+        # Straight lines between measured points, which a log axis bends.
+        steps = np.linspace(x[0], x[-1], 200)
+        axes.plot(steps, np.interp(steps, x, bounds), color=INK, linewidth=1, label=label)
     for row in rows:
         if row["strategy"] != "lru" and row["batch_size"] == 1:
             look = LOOKS[row["strategy"]]
@@ -138,14 +143,14 @@ def draw_steps(results: Row, folder: Path) -> None:
     _save(figure, folder, "steps")
 
 
-def page(results: Row) -> str:
-    """The report as Markdown."""
+def page(results: Row, command: str = COMMAND) -> str:
+    """The report as Markdown; `command` makes it."""
     environment, model = results["environment"], results["model"]
     found = goals(results)
     sections = [
         f"# The engine on one {environment['device']}: {model['name']}, experts in host memory",
         _answer(results),
-        f"Made by `{COMMAND}`; every step, with versions and commands, is in `results.json`. "
+        f"Made by `{command}`; every step, with versions and commands, is in `results.json`. "
         f"{'Weights are random' if model['has_random_weights'] else 'Weights are real'}, "
         f"{model['dtype']}; {format_bytes(model['routed_bytes'])} of routed experts lie in host "
         "memory. Routing is replayed, so that hit ratios can be chosen; times are measured, from "
