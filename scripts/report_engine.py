@@ -31,7 +31,9 @@ from engine_goals import (
 )
 from matplotlib.figure import Figure
 
+from moejax.bench import machine_profile
 from moejax.cards import models_dir
+from moejax.cost import format_profile
 from moejax.errors import BadFileError, MoejaxError
 from moejax.report._palette import GRID, INK, LOOKS
 from moejax.results import read_json, write_json, write_text
@@ -61,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.take is not None or options.checks is not None:
             write_json(path, results)
         draw_steps(results, options.out / "figures")
-        command = COMMAND if options.out == FOLDER else f"{COMMAND} --out reports/{options.out.name}"
+        if "measured" in results:
+            profile = machine_profile(results, command="scripts/bench_engine.py")
+            write_text(options.out / "this-machine.toml", format_profile(profile))
+        command = (
+            COMMAND if options.out == FOLDER else f"{COMMAND} --out reports/{options.out.name}"
+        )
         write_text(options.out / "report.md", page(results, command))
     except MoejaxError as error:
         print(f"error: {error.cause}\n\nhint: {error.hint}", file=sys.stderr)
@@ -174,6 +181,7 @@ def page(results: Row, command: str = COMMAND) -> str:
         *_baseline_section(results),
         *_rest_section(results),
         *_check_section(results),
+        *_profile_section(results),
         "## Rates and runs",
         _runs_table(results),
         *_failures(results),
@@ -351,6 +359,30 @@ def _check_section(results: Row) -> list[str]:
         "the same program with every expert in a slot, every eighth token drawn anew, on a model "
         f"of {' and '.join(map(str, layers))} layers.",
         _table(head, rows, "llrlrr"),
+    ]
+
+
+def _profile_section(results: Row) -> list[str]:
+    if "measured" not in results:
+        return []
+    profile = machine_profile(results, command="scripts/bench_engine.py")
+    rows = [
+        (
+            f"`{name}`",
+            f"{constant.value:.4g} {constant.unit}".removesuffix(" 1"),
+            "" if constant.standard_error is None else f"{constant.standard_error:.2g}",
+            constant.kind,
+            constant.source,
+        )
+        for name, constant in profile.constants.items()
+        if constant.kind != "assumed"
+    ]
+    return [
+        "## The profile of this machine",
+        "What the cost model needs, from these steps and from sweeps of copies and of plain "
+        "programs; `--hardware` takes [this-machine.toml](this-machine.toml), which also says what "
+        "was not measured.",
+        _table(("constant", "value", "standard error", "kind", "source"), rows, "lrrll"),
     ]
 
 

@@ -27,6 +27,8 @@ from ._grid import GridSettings as GridSettings
 from ._grid import run_grid as run_grid
 from ._grid import simulate_lanes as simulate_lanes
 from ._grid import summarise as summarise
+from ._machine_profile import engine_constants as engine_constants
+from ._machine_profile import machine_profile as machine_profile
 from ._measure import measure_machine as measure_machine
 from ._requests import Requests as Requests
 from ._requests import batch_lookahead as batch_lookahead

@@ -51,7 +51,7 @@ from ._routing import (
 from ._tuning import make_plan
 
 if TYPE_CHECKING:
-    from moejax.cards import Hardware, ModelSpec
+    from moejax.cards import ModelSpec
     from moejax.trace import Trace
 
 REPORTS = Path("reports")
@@ -302,29 +302,14 @@ def _check_writable(folder: Path) -> None:
 
 def _fit_this_machine(folder: Path, results: dict[str, Any]) -> None:
     """Fits a profile to what was measured here and stores it beside the results."""
-    from moejax.cost import fit_profile, format_profile
+    from moejax.bench import machine_profile
+    from moejax.cost import format_profile
     from moejax.results import write_text
 
+    profile = machine_profile(results, command="moejax bench")
+    write_text(folder / "this-machine.toml", format_profile(profile))
     device = results["environment"]["device"]
-    measured = results["measured"]
-    fitted = fit_profile(
-        [*measured["transfer"], *measured["compute"]],
-        base=_profile_of(device),
-        name="this-machine",
-        title=f"measured on {device} by moejax bench",
-    )
-    write_text(folder / "this-machine.toml", format_profile(fitted))
     say(f"wrote {folder / 'this-machine.toml'}: a profile measured on {device}")
-
-
-def _profile_of(device: str) -> "Hardware | None":
-    """The profile of this kind of device, which supplies what was not measured; None if none."""
-    from moejax.cards import HARDWARE, load_hardware
-
-    words = device.lower().replace("-", " ").split()
-    return next(
-        (load_hardware(name) for name in HARDWARE if set(name.split("-")) <= set(words)), None
-    )
 
 
 def _means(grid: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ def fit_profile(
     base: Hardware | None = None,
     name: str = "measured",
     title: str = "measured on this machine",
+    known: Mapping[str, Constant] | None = None,
 ) -> Hardware:
     """Fits what the measurements determine; the rest comes from `base`, marked assumed.
 
@@ -44,6 +45,7 @@ def fit_profile(
       base: Profile for everything else; None takes that of the RTX 3090.
       name: Name of the new profile.
       title: Its title.
+      known: Constants of this machine that were found otherwise: they replace what is fitted.
 
     Returns:
       The profile, with standard errors.
@@ -69,7 +71,7 @@ def fit_profile(
                 f"{where} is of kind {kind!r} and memory {measurement.get('memory')!r}",
                 "Known are transfers from pinned, pageable or host memory, and compute.",
             )
-    constants = _transfer_constants(transfers) | _compute_constants(computes)
+    constants = _transfer_constants(transfers) | _compute_constants(computes) | dict(known or {})
     if not constants:
         raise BadFileError(
             "there is no measurement to fit", "Run the benchmark without --no-measure."
