@@ -1,10 +1,11 @@
 """The `moejax` program: its commands, and how it ends when something goes wrong."""
 
 import os
+import platform
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -30,6 +31,8 @@ COMMANDS = (bench, tune_cache, report, simulate, estimate, generate, fit, valida
 GROUPS = (trace.app,)
 
 _INTERRUPTED = 130
+# Programs that compile faster are not worth a file.
+_LEAST_COMPILE_S = "0.1"
 
 _SETTINGS = (
     "A setting is taken from its option, else from MOEJAX_COMMAND_OPTION or MOEJAX_OPTION in the "
@@ -61,6 +64,7 @@ def run() -> NoReturn:
     nothing is torn down: JAX may be compiling in other threads, and would crash.
     """
     signal.signal(signal.SIGINT, _on_interrupt)
+    keep_programs(os.environ)
     if sys.stdout is None:  # Closed by the shell: `moejax ... >&-`.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     code = main()
@@ -125,6 +129,24 @@ def _root(
         print(context.get_help(), end="")
         raise typer.Exit
     context.default_map = load_settings(context.command, config or None, os.environ)
+
+
+def keep_programs(environ: MutableMapping[str, str]) -> None:
+    """Lets JAX keep compiled programs on disk, so that a second command starts warm.
+
+    Settings that are there already stand. Where the folder cannot be written, every command
+    compiles anew.
+    """
+    cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Programs for a CPU may hold instructions that another machine of the same home lacks.
+    folder = os.path.join(cache, "moejax", "programs", platform.node() or "here")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+        environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _LEAST_COMPILE_S)
 
 
 def _on_interrupt(number: int, _: Any) -> None:

@@ -233,3 +233,46 @@ def test_output_that_cannot_be_written_is_said():
         )
     assert done.returncode == 1
     assert done.stderr.startswith("error: the output cannot be written: No space left")
+
+
+# --- compiled programs are kept ----------------------------------------------------------------
+
+
+def test_compiled_programs_are_kept_where_caches_are(tmp_path):
+    environ = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "9"}
+    _app.keep_programs(environ)
+    folder = Path(environ["JAX_COMPILATION_CACHE_DIR"])
+    assert folder.is_dir()
+    assert folder.is_relative_to(tmp_path / "moejax")
+    assert environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "9"
+
+
+def test_another_place_for_them_stands(tmp_path):
+    environ = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": "elsewhere"}
+    _app.keep_programs(environ)
+    assert environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_without_a_place_for_them_nothing_is_set(tmp_path):
+    (tmp_path / "file").write_text("")
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    _app.keep_programs(environ)
+    assert list(environ) == ["XDG_CACHE_HOME"]
+
+
+def test_the_second_process_finds_the_programs_of_the_first(tmp_path):
+    code = (
+        "import os\n"
+        "from moejax.cli import _app\n"
+        "_app.keep_programs(os.environ)\n"
+        "import jax\n"
+        "jax.jit(lambda x: x + 1)(1.0)\n"
+    )
+    environ = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    counts = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=60)
+        counts.append(len(list(tmp_path.rglob("*-cache"))))
+    assert counts[0] == counts[1] > 0
