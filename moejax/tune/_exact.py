@@ -288,7 +288,7 @@ def _by_device_slots(
 ) -> Float[np.ndarray, "layers slots"]:
     """The best use of each count of device slots, retaining and landing together."""
     best = np.full((len(values), num_experts + 1), np.inf)
-    for landing in range(values.shape[1]):
+    for landing in range(min(values.shape[1], num_experts + 1)):
         retaining = values[:, landing, : num_experts + 1 - landing]
         best[:, landing:] = np.minimum(best[:, landing:], retaining)
     return best

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from moejax.tune import Split
-from moejax.tune._exact import dual_optimum, layer_lines, optimum_bound, uniform_optimum
+from moejax.tune._exact import (
+    _by_device_slots,
+    dual_optimum,
+    layer_lines,
+    optimum_bound,
+    uniform_optimum,
+)
 from moejax.tune._rounding import tier_bytes
 from moejax.tune._step import objective_terms, split_objective
 
@@ -115,3 +121,10 @@ def test_more_memory_is_never_worth_less():
 def _value(asked, split) -> float:
     as_split = Split(*jnp.asarray(split, jnp.float32))
     return float(split_objective(asked.numbers, as_split, objective="latency"))
+
+
+def test_a_model_may_have_fewer_experts_than_slots_to_land_in():
+    values = np.arange(12, dtype=float).reshape(1, 4, 3)
+    best = _by_device_slots(values, num_experts=2)
+    # Of 0 slots only 0 can land; 1 and 2 slots are best used without landing any.
+    np.testing.assert_array_equal(best, [[0.0, 1.0, 2.0]])
