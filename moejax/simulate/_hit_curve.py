@@ -6,15 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from moejax._types import PRNGKey
 from moejax.simulate._ranks import Marks, ranks
-from moejax.simulate._replay import replay
+from moejax.simulate._replay import BLOCK_STEPS, block_at, stream
 from moejax.strategies import Strategy
-from moejax.trace import demand_counts
 
-_BLOCK_STEPS = 256
+_QUEUED_BLOCKS = 16
 
 
 class HitCurve(NamedTuple):
@@ -65,7 +64,8 @@ def hit_curve(
       marks: Resets between requests.
     """
     slots = np.arange(num_experts + 1)
-    counts = ranks(strategy, replay(experts, num_experts), slots, key, topk=topk, marks=marks)
+    source = stream(experts, num_experts, with_future=strategy.reads_future)
+    counts = ranks(strategy, source, slots, key, topk=topk, marks=marks)
     return HitCurve(counts.num_hits, counts.num_forgiven, counts.num_demands, len(experts))
 
 
@@ -90,22 +90,35 @@ def lru_hit_curve(
       Mattson et al., "Evaluation techniques for storage hierarchies", 1970.
     """
     num_steps, num_layers, _ = experts.shape
-    last_use = jnp.full((num_layers, num_experts), -1, jnp.int32)
-    histogram = np.zeros((num_layers, num_experts + 1), np.int64)
-    kept = []
-    for start in range(0, num_steps, _BLOCK_STEPS):
-        demand = demand_counts(experts[start : start + _BLOCK_STEPS], num_experts) > 0
-        padded = np.pad(demand, ((0, _BLOCK_STEPS - len(demand)), (0, 0), (0, 0)))
-        last_use, distances = _stack_distances(last_use, padded, start)
-        block = np.asarray(distances)[: len(demand)]
-        histogram += block.sum(0, dtype=np.int64)
-        if start + len(demand) > num_steps - keep_steps:
-            kept.append(block)
+    source = stream(experts, num_experts, with_future=False)
+    num_bins = num_experts + 2
+    order = jnp.full((num_layers, num_experts), -2 * num_experts, jnp.int32)
+    histogram = np.zeros((num_layers, num_bins), np.int64)
+    queued, kept = [], []
+    for start in range(0, num_steps, BLOCK_STEPS):
+        block = block_at(source, start, with_future=False, with_gates=False)
+        order, distances = _stack_distances(num_experts, order, block.rows[1:-1])
+        queued.append(distances)
+        stop = start + BLOCK_STEPS
+        if stop > num_steps - keep_steps:
+            steps = np.arange(BLOCK_STEPS * num_layers)[None]
+            cells = np.bincount(
+                (steps * num_bins + distances).ravel(), minlength=steps.size * num_bins
+            )
+            kept.append(cells.reshape(BLOCK_STEPS, num_layers, num_bins)[: num_steps - start])
+        # The device runs one batch of blocks ahead of the counting here.
+        if len(queued) == _QUEUED_BLOCKS or stop >= num_steps:
+            lanes = np.arange(BLOCK_STEPS * num_layers)[None] % num_layers
+            for found in queued:
+                cells = np.bincount((lanes * num_bins + found).ravel(), minlength=histogram.size)
+                histogram += cells.reshape(histogram.shape)
+            queued = []
+    histogram = histogram[:, :-1]
     # Slot counts 0..E; a first use lies beyond every capacity.
     hits = np.concatenate([np.zeros((num_layers, 1), np.int64), histogram[:, :-1].cumsum(1)], 1)
     step_misses = None
     if keep_steps:
-        found = np.concatenate(kept)[-keep_steps:].astype(np.int32)
+        found = np.concatenate(kept)[-keep_steps:, :, :-1].astype(np.int32)
         below = np.pad(found[..., :-1].cumsum(-1), ((0, 0), (0, 0), (1, 0)))
         step_misses = found.sum(-1, keepdims=True) - below
     # The cache fills with first touches, one a slot.
@@ -113,21 +126,52 @@ def lru_hit_curve(
     return HitCurve(hits, forgiven, histogram.sum(1), num_steps, step_misses)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _stack_distances(last_use, demand, start):
-    """Histograms of stack distance of each step: [steps, layers, experts + 1]."""
-    num_experts = demand.shape[-1]
-    bins = jnp.arange(num_experts + 1)
-    lower = jnp.arange(num_experts)[None, :] < jnp.arange(num_experts)[:, None]
+@functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_cpu_multi_thread_eigen": False}
+)
+def _stack_distances(
+    num_experts: int, order: Int[Array, "layers experts"], ids: Shaped[Array, "steps layers width"]
+) -> tuple[Int[Array, "layers experts"], Int[Array, "width lanes"]]:
+    """Stack distance of every demand of one block; lanes are steps x layers.
 
-    def one_step(last_use, step):
-        now, demanded = step
-        mine, other = last_use[:, :, None], last_use[:, None, :]
-        before = (other > mine) | ((other == mine) & lower[None])
-        distance = before.sum(-1)
-        distance = jnp.where(last_use >= 0, distance, num_experts)
-        hit = (distance[:, :, None] == bins[None, None, :]) & demanded[:, :, None]
-        return jnp.where(demanded, now, last_use), hit.sum(1, dtype=jnp.uint16)
+    A first use is `num_experts` deep, and what is no demand, or one named twice, deeper still.
 
-    steps = start + jnp.arange(len(demand), dtype=jnp.int32)
-    return jax.lax.scan(one_step, last_use, (steps, demand))
+    Args:
+      num_experts: Experts a layer.
+      order: Recency: greater is later, negative before this block, -2 x experts never.
+      ids: Demanded ids.
+    """
+    num_steps, num_layers, width = ids.shape
+    experts = jnp.arange(num_experts, dtype=jnp.int32)
+    demand = (ids[..., None] == experts[None, None, None].astype(ids.dtype)).any(-2)
+    if width > num_experts:
+        ids = jnp.where(demand, experts[None, None], num_experts)
+    # Within a step the lower index is the later: it is kept first.
+    small = jnp.int16 if num_steps * num_experts < 2**15 else jnp.int32
+    latest = num_experts * jnp.arange(num_steps, dtype=jnp.int32) + num_experts - 1
+
+    def use(order, step):
+        demanded, latest = step
+        return jnp.where(demanded, (latest - experts[None]).astype(small), order), order
+
+    order, before = jax.lax.scan(use, order.astype(small), (demand, latest))
+    before = before.reshape(-1, num_experts).T
+    names = ids.reshape(num_steps * num_layers, -1).T.astype(jnp.int16)
+
+    def find(expert, mine):
+        row = jax.lax.dynamic_index_in_dim(before, expert, 0)
+        return jnp.where(names == expert.astype(names.dtype), row, mine)
+
+    def count(expert, depth):
+        row = jax.lax.dynamic_index_in_dim(before, expert, 0)
+        return depth + (row > mine).astype(jnp.int16)
+
+    loop = functools.partial(jax.lax.fori_loop, 0, num_experts, unroll=8)
+    mine = loop(find, jnp.full(names.shape, -2 * num_experts, small))
+    depth = loop(count, jnp.zeros(names.shape, jnp.int16))
+    depth = jnp.where(mine < -num_experts, num_experts, depth)
+    places = jnp.arange(len(names))
+    twice = (names[:, None] == names[None]) & (places[:, None] > places[None])[:, :, None]
+    depth = jnp.where((names >= num_experts) | twice.any(1), num_experts + 1, depth)
+    position = (order[:, None, :] > order[:, :, None]).sum(-1, dtype=jnp.int32)
+    return jnp.where(order < -num_experts, -2 * num_experts, -1 - position), depth

@@ -12,9 +12,10 @@ import pytest
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-from moejax.simulate import Marks, hit_curve, lru_hit_curve, ranks, replay
-from moejax.simulate._ranks import keep_words, num_members, pack, rank_planes
+from moejax.simulate import Marks, hit_curve, lru_hit_curve, ranks, replay, stream
+from moejax.simulate._words import as_int32, keep_words, num_members, pack, rank_planes
 from moejax.strategies import (
+    Decision,
     Profile,
     Strategy,
     always_admit,
@@ -83,7 +84,13 @@ def test_radix_select_keeps_what_a_sort_keeps(num_experts):
 def test_packing_puts_expert_e_at_bit_e():
     members = np.zeros((1, 60), bool)
     members[0, [0, 31, 32, 59]] = True
-    assert pack(members).tolist() == [[1 | 1 << 31, 1 | 1 << 27]]
+    assert [word.tolist() for word in pack(members)] == [[1 | 1 << 31], [1 | 1 << 27]]
+
+
+def test_scores_of_any_kind_keep_their_order_and_their_ties():
+    score = jnp.array([-jnp.inf, -2.5, -1e-30, -0.0, 0.0, 1e-30, 3.0, 3.0, jnp.inf], jnp.float32)
+    np.testing.assert_array_equal(np.sign(np.diff(as_int32(score))), [1, 1, 1, 0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(as_int32(jnp.array([-3, 7], jnp.int8)), [-3, 7])
 
 
 # --- plain Python -----------------------------------------------------------------------------
@@ -152,6 +159,57 @@ def test_ranks_equal_plain_python(name, with_marks, random_experts):
     np.testing.assert_array_equal(counts.num_decode_demands, demand[marks.is_decode].sum((0, 2)))
 
 
+def transition_scores():
+    """Keeps what tends to follow this demand: scores that read the demand and no past."""
+    pairs = np.random.default_rng(8).integers(0, 9, (NUM_LAYERS, NUM_EXPERTS, NUM_EXPERTS))
+
+    def init(shape):
+        return jnp.asarray(pairs, jnp.float32)
+
+    def step(state, access, key):
+        return state, Decision((access.demand > 0).astype(jnp.float32) @ state)
+
+    return Strategy(init, step), pairs
+
+
+def test_scores_without_a_past_equal_plain_python(random_experts):
+    experts = random_experts(3, num_steps=140, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
+    strategy, pairs = transition_scores()
+    counts = ranks(strategy, stream(experts, NUM_EXPERTS), ALL_SLOTS, KEY, topk=4)
+    for layer, slots in itertools.product(range(NUM_LAYERS), (1, 5, 9)):
+        resident, num_hits = set(), 0
+        for row in experts[:, layer].tolist():
+            demanded = [expert for expert in row if expert < NUM_EXPERTS]
+            num_hits += len(resident.intersection(demanded))
+            worth = pairs[layer, demanded].sum(0)
+            candidates = sorted(resident.union(demanded))
+            resident = set(sorted(candidates, key=lambda e: -worth[e])[:slots])
+        assert counts.num_hits[layer, slots] == num_hits
+
+
+@pytest.mark.parametrize("name", ["lfu", "fifo", "oracle", "top_k"])
+def test_a_stream_of_ids_counts_what_a_table_of_demand_counts(name, random_experts):
+    # Three blocks, the last one not full, and ids named twice.
+    experts = random_experts(7, num_steps=300, num_experts=NUM_EXPERTS)
+    experts = np.concatenate([experts, experts[..., ::-1][..., :3]], -1)
+    steps = np.arange(len(experts))
+    marks = Marks(steps % 5 > 1, np.isin(steps, [127, 128, 256, 299]))
+    found, expected = (
+        ranks(STRATEGIES[name], source, ALL_SLOTS, KEY, topk=4, marks=marks)
+        for source in (stream(experts, NUM_EXPERTS), replay(experts, NUM_EXPERTS))
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_stream_holds_no_table_of_steps_and_experts(random_experts):
+    experts = random_experts(7, num_steps=300, num_experts=NUM_EXPERTS)
+    source = stream(experts, NUM_EXPERTS)
+    assert source.experts is experts
+    assert source.coming is not None
+    assert source.coming.size == 3 * 3 * NUM_EXPERTS
+
+
 @pytest.mark.parametrize("name", ["lru", "lfu", "oracle", "top_k"])
 def test_more_slots_never_miss_more_where_scores_read_no_cache(name, random_experts):
     experts = random_experts(4, num_experts=NUM_EXPERTS)
@@ -188,6 +246,16 @@ def test_stack_distances_give_the_lru_of_every_capacity(most, random_experts):
     late_misses = (closed.num_demands - earlier.num_demands)[:, None]
     late_misses = late_misses - (closed.num_hits - earlier.num_hits)
     np.testing.assert_array_equal(closed.step_misses.sum(0), late_misses)
+
+
+def test_stack_distances_of_a_wide_batch_count_an_expert_once(random_experts):
+    # More places than experts, and 256 experts, which leave no 8-bit id for none.
+    narrow = random_experts(5, num_steps=140, num_experts=NUM_EXPERTS, least=5)
+    wide = np.tile(narrow, 3)
+    for few, many, num_experts in ((narrow, wide, NUM_EXPERTS), (narrow, wide[..., :10], 256)):
+        one, other = lru_hit_curve(few, num_experts), lru_hit_curve(many, num_experts)
+        np.testing.assert_array_equal(one.num_hits, other.num_hits)
+        np.testing.assert_array_equal(one.num_demands, 140 * 5)
 
 
 def test_stack_distances_count_more_than_255_experts_of_one_step():

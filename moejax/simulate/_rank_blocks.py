@@ -1,0 +1,291 @@
+"""One block of steps of the ranks: scores, rank planes, selects, counts.
+
+Scores become unique ranks, ranks become bit planes, the resident set becomes a bit mask, and the
+kept set is a radix select over the planes:
+
+    act = (R | m) & admit;  need = C;  keep = 0
+    for b in planes, high to low:
+        z = act & ~P[b];  n = popcount(z);  fit = n <= need
+        keep |= fit ? z : 0;  need -= fit ? n : 0;  act = fit ? act & P[b] : z
+    keep |= need > 0 ? act : 0
+
+One set of planes serves every capacity of a strategy that reads neither capacity nor residency;
+the others carry their own state for each capacity. Scores, planes and selects are programs of
+their own: while one block's selects run, the next block's planes are counted on
+another core, and only the scores are compiled anew for another strategy.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from moejax.simulate._replay import (
+    Block,
+    Moment,
+    layer_accesses,
+    moments_of,
+)
+from moejax.simulate._words import (
+    WORD_BITS,
+    Words,
+    as_int32,
+    intersect,
+    keep_words,
+    num_members,
+    pack,
+    rank_planes,
+    unite,
+)
+from moejax.strategies import CacheShape, Decision, Strategy, keep_best
+
+# Within a block there is too little to do for XLA's threads to be worth their waking up; blocks
+# run side by side instead.
+_jit = functools.partial(jax.jit, compiler_options={"xla_cpu_multi_thread_eigen": False})
+
+
+class Kind(NamedTuple):
+    """What programs are compiled for.
+
+    Attributes:
+      strategy: What scores.
+      shape: Sizes.
+      is_stream: Whether blocks hold ids.
+      resets: Whether there are resets.
+    """
+
+    strategy: Strategy
+    shape: CacheShape
+    is_stream: bool
+    resets: bool
+
+
+class Tally(NamedTuple):
+    """`Counts` so far, on the device."""
+
+    num_hits: Int[Array, "layers capacities"]
+    num_forgiven: Int[Array, "layers capacities"]
+    num_decode_hits: Int[Array, "layers capacities"]
+    num_demands: Int[Array, " layers"]
+    num_decode_demands: Int[Array, " layers"]
+
+
+def no_tally(slots: Int[Array, "layers capacities"]) -> Tally:
+    """Counts of nothing."""
+    cells, rows = jnp.zeros_like(slots), jnp.zeros(len(slots), jnp.int32)
+    return Tally(cells, cells, cells, rows, rows)
+
+
+# --- scores that read no cache ----------------------------------------------------------------
+
+
+class _SharedCarry(NamedTuple):
+    """What goes from block to block: the strategy's state, residents and experts seen so far."""
+
+    state: Any
+    resident: Words
+    seen: Words
+
+
+def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, key):
+    """Scores once for all capacities, then selects for each."""
+    shape = kind.shape
+    if carry is None:
+        num_words = -(-shape.num_experts // WORD_BITS)
+        nothing = (jnp.zeros(slots.shape, jnp.uint32),) * num_words
+        unseen = (jnp.zeros(shape.num_layers, jnp.uint32),) * num_words
+        carry = _SharedCarry(kind.strategy.init(shape), nothing, unseen)
+    state, score, demand, admit = _score_block(kind, carry.state, block, marks.is_reset, key)
+    steps = (demand, _plane_block(score), admit, marks)
+    resident, seen, tally = _select_block(
+        kind.resets, carry.resident, carry.seen, tally, steps, slots
+    )
+    return _SharedCarry(state, resident, seen), tally
+
+
+@functools.partial(_jit, static_argnums=0)
+def _score_block(kind: Kind, state, block: Block, is_reset, key):
+    """Scores, demand and admissions of each step; sets as words."""
+    strategy, shape = kind.strategy, kind.shape
+    moments = moments_of(block, shape, is_stream=kind.is_stream)
+    resident = jnp.zeros((shape.num_layers, shape.num_experts), bool)
+    capacity = jnp.zeros(shape.num_layers, jnp.int32)
+
+    def decide(state, moment: Moment):
+        return _decide(strategy, shape, state, moment, resident, capacity, key)
+
+    def step(state, now):
+        moment, is_reset = now
+        state = _renewed(state, strategy.init(shape), is_reset) if kind.resets else state
+        return decide(state, moment)
+
+    first = jax.tree.map(lambda leaf: leaf[0], moments)
+    if _keeps_state(decide, state, first):
+        decisions = jax.vmap(lambda moment: decide(state, moment)[1])(moments)
+    else:
+        state, decisions = jax.lax.scan(step, state, (moments, is_reset))
+    admit = None if decisions.admit is None else pack(decisions.admit)
+    return state, as_int32(decisions.keep_score), pack(moments.now > 0), admit
+
+
+_plane_block = _jit(rank_planes)
+
+
+@functools.partial(_jit, static_argnums=0)
+def _select_block(resets: bool, resident: Words, seen: Words, tally: Tally, steps, slots):
+    """Serves each step's demand and keeps the best of each capacity."""
+    demand, _, admit, marks = steps
+    # A cache that admits all and starts once holds all that was seen, up to its capacity.
+    always_fills = admit is None and not resets
+
+    def serve(carry, step):
+        resident, seen, num_hits, num_forgiven, num_decode_hits = carry
+        demand, planes, admit, marks = step
+        if resets:
+            resident, seen = (
+                tuple(jnp.where(marks.is_reset, jnp.uint32(0), word) for word in words)
+                for words in (resident, seen)
+            )
+        columns = tuple(word[:, None] for word in demand)
+        hits = num_members(intersect(resident, columns))
+        candidates = unite(resident, columns)
+        if not always_fills:
+            fresh = tuple(word & ~old for word, old in zip(demand, seen, strict=True))
+            fresh = fresh if admit is None else intersect(fresh, admit)
+            num_free = slots - num_members(resident)
+            num_forgiven = num_forgiven + jnp.minimum(num_members(fresh)[:, None], num_free)
+            seen = unite(seen, demand)
+        if admit is not None:
+            candidates = intersect(candidates, tuple(word[:, None] for word in admit))
+        planes = [tuple(word[:, None] for word in plane) for plane in planes]
+        kept = keep_words(candidates, planes, slots)
+        num_decode_hits = num_decode_hits + jnp.where(marks.is_decode, hits, 0)
+        return (kept, seen, num_hits + hits, num_forgiven, num_decode_hits), None
+
+    start = (resident, seen, *tally[:3])
+    (resident, now_seen, num_hits, num_forgiven, num_decode_hits), _ = jax.lax.scan(
+        serve, start, steps
+    )
+    if always_fills:
+        now_seen = tuple(
+            old | jax.lax.reduce(word, np.uint32(0), jax.lax.bitwise_or, (0,))
+            for word, old in zip(demand, seen, strict=True)
+        )
+        before, after = (
+            jnp.minimum(num_members(words)[:, None], slots) for words in (seen, now_seen)
+        )
+        num_forgiven = num_forgiven + after - before
+    num_demands = num_members(demand)
+    num_decode_demands = jnp.where(marks.is_decode[:, None], num_demands, 0).sum(0)
+    demands = (
+        tally.num_demands + num_demands.sum(0),
+        tally.num_decode_demands + num_decode_demands,
+    )
+    return resident, now_seen, Tally(num_hits, num_forgiven, num_decode_hits, *demands)
+
+
+def _keeps_state(decide, state, moment: Moment) -> bool:
+    """Whether a step hands on the very state it got, so that steps need not wait for each other."""
+    jaxpr = jax.make_jaxpr(decide)(state, moment).jaxpr
+    num_leaves = len(jax.tree.leaves(state))
+    before, after = jaxpr.invars[:num_leaves], jaxpr.outvars[:num_leaves]
+    return all(old is new for old, new in zip(before, after, strict=True))
+
+
+# --- scores of each capacity by itself --------------------------------------------------------
+
+
+class _OwnCarry(NamedTuple):
+    """What goes from block to block where a strategy reads the cache.
+
+    Attributes:
+      state: The strategy's; every leaf leads with `capacities`.
+      resident: Resident experts.
+      seen: Experts demanded so far.
+    """
+
+    state: Any
+    resident: Bool[Array, "capacities layers experts"]
+    seen: Bool[Array, "layers experts"]
+
+
+def per_capacity(kind: Kind, carry: _OwnCarry | None, tally, block, marks, slots, key):
+    """Scores and selects for each capacity by itself."""
+    if carry is None:
+        carry = _own_start(kind, slots.shape[1])
+    return _own_block(kind, carry, tally, block, marks, slots, key)
+
+
+def _own_start(kind: Kind, num_capacities: int) -> _OwnCarry:
+    shape = kind.shape
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_capacities), kind.strategy.init(shape))
+    nothing = jnp.zeros((num_capacities, shape.num_layers, shape.num_experts), bool)
+    return _OwnCarry(state, nothing, nothing[0])
+
+
+@functools.partial(_jit, static_argnums=0)
+def _own_block(kind: Kind, carry: _OwnCarry, tally: Tally, block: Block, marks, slots, key):
+    strategy, shape = kind.strategy, kind.shape
+    moments = moments_of(block, shape, is_stream=kind.is_stream)
+    start = _own_start(kind, slots.shape[1])
+
+    def serve(carried, step):
+        carry, tally = carried
+        moment, marks = step
+        carry = _renewed(carry, start, marks.is_reset) if kind.resets else carry
+        demanded = moment.now > 0
+
+        def lane(state, resident, capacity):
+            state, decision = _decide(strategy, shape, state, moment, resident, capacity, key)
+            admitted = jnp.ones_like(demanded) if decision.admit is None else decision.admit
+            candidates = (resident | demanded) & admitted
+            return state, keep_best(decision.keep_score, candidates, capacity), admitted
+
+        state, kept, admitted = jax.vmap(lane, in_axes=(0, 0, 1))(
+            carry.state, carry.resident, slots
+        )
+        fresh = (demanded & ~carry.seen)[None] & admitted
+        tally = _tallied(
+            tally,
+            num_hits=(carry.resident & demanded[None]).sum(-1, dtype=jnp.int32).T,
+            num_forgiven=jnp.minimum(fresh.sum(-1), slots.T - carry.resident.sum(-1)).T,
+            num_demands=demanded.sum(-1, dtype=jnp.int32),
+            is_decode=marks.is_decode,
+        )
+        return (_OwnCarry(state, kept, carry.seen | demanded), tally), None
+
+    return jax.lax.scan(serve, (carry, tally), (moments, marks))[0]
+
+
+# --- both -------------------------------------------------------------------------------------
+
+
+def _decide(
+    strategy: Strategy, shape: CacheShape, state, moment: Moment, resident, capacity, key
+) -> tuple[Any, Decision]:
+    """One step of all layers at once."""
+
+    def one(state, access):
+        return strategy.step(state, access, jax.random.fold_in(key, access.event))
+
+    access = layer_accesses(moment, shape, resident, capacity)
+    state, decision = jax.vmap(one)(state, access)
+    return state, decision._replace(prefetch_probability=None)
+
+
+def _tallied(tally: Tally, *, num_hits, num_forgiven, num_demands, is_decode) -> Tally:
+    """Adds one step."""
+    return Tally(
+        tally.num_hits + num_hits,
+        tally.num_forgiven + num_forgiven,
+        tally.num_decode_hits + jnp.where(is_decode, num_hits, 0),
+        tally.num_demands + num_demands,
+        tally.num_decode_demands + jnp.where(is_decode, num_demands, 0),
+    )
+
+
+def _renewed(state, start, is_reset):
+    return jax.tree.map(lambda old, new: jnp.where(is_reset, new, old), state, start)
