@@ -12,7 +12,7 @@ from jaxtyping import Int
 from moejax.bench._requests import Requests, batch_lookahead, draw_run
 from moejax.cards import Hardware, ModelSpec
 from moejax.cost import LayerClock, layer_clock
-from moejax.simulate import Record, Replay, replay, step_means, timeline
+from moejax.simulate import Record, Replay, replay, spread_over, step_means, timeline
 from moejax.strategies import STRATEGIES, Profile, Strategy
 from moejax.trace import Trace, batch_trace
 
@@ -55,12 +55,14 @@ def run_grid(
     requests: Requests,
     profile: Profile,
     *,
+    num_devices: int = 1,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Runs every point of the grid: one record a strategy, batch size, run and dispatch.
 
     A run is another draw of requests and another strategy seed; nothing else varies between
-    runs, and no noise is added. All strategies see the same requests.
+    runs, and no noise is added. All strategies see the same requests. The numbers do not depend
+    on `num_devices`, over which runs and batch sizes are spread.
 
     Returns:
       Records in the order strategy, batch size, run, batched before sequential.
@@ -89,6 +91,7 @@ def run_grid(
                 np.asarray([settings.slots] * len(points), np.int32),
                 seeds=[settings.seed + run for _, run in points],
                 topk=draws[0].topk,
+                num_devices=num_devices,
             )
             for (size, run), clock, result in zip(points, clocks, results, strict=True):
                 record = summarise(result, clock, settings, batch_size=size, dispatch=dispatch)
@@ -114,6 +117,7 @@ def simulate_lanes(
     *,
     seeds: Sequence[int],
     topk: int,
+    num_devices: int = 1,
 ) -> list[Record]:
     """Replays many lanes of equal length on the timeline, compiled once.
 
@@ -124,10 +128,15 @@ def simulate_lanes(
       capacities: Slots of each lane and layer.
       seeds: Seed of the strategy in each lane.
       topk: Experts one token demands.
+      num_devices: Devices that share the lanes; no number depends on it.
 
     Returns:
       One record a lane, as numpy arrays.
+
+    Raises:
+      UsageError: There are not so many devices.
     """
+    spread = spread_over(num_devices)
 
     @jax.jit
     @jax.vmap
@@ -135,6 +144,7 @@ def simulate_lanes(
         return timeline(strategy, lane, clock, capacity, key, topk=topk)
 
     width = min(MAX_LANES, len(lanes))
+    width += -width % num_devices
     results: list[Record] = []
     for start in range(0, len(lanes), width):
         # The last group repeats its last lane, so that every group has one compiled shape.
@@ -142,7 +152,7 @@ def simulate_lanes(
         batch = _stack([lanes[i] for i in chosen])
         clock = _stack([clocks[i] for i in chosen])
         keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[i] for i in chosen], jnp.uint32))
-        record = jax.device_get(run(batch, clock, jnp.asarray(capacities[chosen]), keys))
+        record = jax.device_get(run(*spread((batch, clock, capacities[chosen], keys))))
         here = min(width, len(lanes) - start)
         results += [jax.tree.map(lambda leaf, i=i: leaf[i], record) for i in range(here)]
     return results

@@ -25,6 +25,7 @@ def run_bench(
     workload: str,
     measure: bool = True,
     quick: bool = False,
+    num_devices: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment and returns the contents of `results.json`.
@@ -37,11 +38,13 @@ def run_bench(
       workload: Name of the synthetic workload.
       measure: Whether to time copies and compute of this machine as well.
       quick: Whether to time fewer sizes.
+      num_devices: Devices that share the experiment; no number depends on it.
       progress: Told after each part.
 
     Raises:
       BadFileError: The trace is not this model's.
-      UsageError: The workload is not this model's, or a strategy needs what the trace lacks.
+      UsageError: The workload is not this model's, a strategy needs what the trace lacks, or
+        there are not so many devices.
     """
     requests = open_requests(trace, workload, model, settings.seed)
     profile = learn(requests)
@@ -49,7 +52,15 @@ def run_bench(
     with_baseline = dataclasses.replace(
         settings, strategies=tuple(dict.fromkeys((*names, BASELINE)))
     )
-    grid = run_grid(with_baseline, model, hardware, requests, profile, progress=progress)
+    grid = run_grid(
+        with_baseline,
+        model,
+        hardware,
+        requests,
+        profile,
+        num_devices=num_devices,
+        progress=progress,
+    )
     curves = hit_curves(requests, profile, settings.strategies, settings.seed)
     measured = {"transfer": [], "compute": []}
     if measure:

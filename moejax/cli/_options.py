@@ -1,5 +1,6 @@
 """Options that several commands share, and readers for the lists they take."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -95,9 +96,29 @@ OutputOption: TypeAlias = Annotated[
 QuickOption: TypeAlias = Annotated[
     bool, typer.Option("--quick", help="Smaller sweeps: seconds instead of minutes.")
 ]
+DevicesOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--devices",
+        min=1,
+        metavar="N",
+        help="Devices that share the simulation, or parts of a CPU; the numbers stay the same.",
+    ),
+]
 OfflineOption: TypeAlias = Annotated[
     bool, typer.Option("--offline", help="Never download a model's config.json.")
 ]
+
+
+def prepare_devices(num_devices: int) -> None:
+    """Lets a CPU stand for several devices; must come before anything is computed."""
+    if num_devices == 1:
+        return
+    import jax
+
+    # Where something was computed already, there are as many as there are.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", num_devices)
 
 
 def parse_names(text: str, option: str, known: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from ._engine_bench import (
 )
 from ._options import (
     DEFAULT_HARDWARE,
+    DevicesOption,
     HardwareOption,
     OfflineOption,
     OutOption,
@@ -37,6 +38,7 @@ from ._options import (
     parse_ints,
     parse_names,
     parse_size,
+    prepare_devices,
 )
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
@@ -133,6 +135,7 @@ def bench(
         bool, typer.Option("--measure/--no-measure", help="Time this machine's copies and compute.")
     ] = True,
     quick: QuickOption = False,
+    devices: DevicesOption = 1,
     seed: SeedOption = 0,
     out: OutOption = None,
     offline: OfflineOption = False,
@@ -175,6 +178,7 @@ def bench(
             "--runs": runs is not None,
             "--budget": bool(budget),
             "--dispatch": dispatch is not None,
+            "--devices": devices != 1,
         }
         _refuse_simulated(simulated)
         folder = out or new_folder()
@@ -182,6 +186,7 @@ def bench(
         bench_engine(options, folder, output, fit=_fit_this_machine)
         return
     refuse_engine_options(options)
+    prepare_devices(devices)
     from moejax.bench import GridSettings, check_shape, run_bench
     from moejax.cards import load_hardware, load_model
     from moejax.results import write_json
@@ -216,6 +221,7 @@ def bench(
             workload=workload,
             measure=measure,
             quick=quick,
+            num_devices=devices,
             progress=progress,
         )
         progress(0, 1, "tuning tiers")
