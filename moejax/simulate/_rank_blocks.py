@@ -16,6 +16,7 @@ another core, and only the scores are compiled anew for another strategy.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,9 @@ from moejax.strategies import CacheShape, Decision, Strategy, keep_best
 # Within a block there is too little to do for XLA's threads to be worth their waking up; blocks
 # run side by side instead.
 _jit = functools.partial(jax.jit, compiler_options={"xla_cpu_multi_thread_eigen": False})
+# What one thread hands to XLA's CPU client runs in that order, ready or not; what another thread
+# hands over runs beside it. A hand-over takes no time, so one thread a stage serves everybody.
+_scorer, _ranker = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
 
 class Kind(NamedTuple):
@@ -98,8 +102,9 @@ def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, k
         nothing = (jnp.zeros(slots.shape, jnp.uint32),) * num_words
         unseen = (jnp.zeros(shape.num_layers, jnp.uint32),) * num_words
         carry = _SharedCarry(kind.strategy.init(shape), nothing, unseen)
-    state, score, demand, admit = _score_block(kind, carry.state, block, marks.is_reset, key)
-    steps = (demand, _plane_block(score), admit, marks)
+    scored = _scorer.submit(_score_block, kind, carry.state, block, marks.is_reset, key)
+    state, score, demand, admit = scored.result()
+    steps = (demand, _ranker.submit(_plane_block, score).result(), admit, marks)
     resident, seen, tally = _select_block(
         kind.resets, carry.resident, carry.seen, tally, steps, slots
     )
@@ -162,7 +167,8 @@ def _select_block(resets: bool, resident: Words, seen: Words, tally: Tally, step
             candidates = intersect(candidates, tuple(word[:, None] for word in admit))
         planes = [tuple(word[:, None] for word in plane) for plane in planes]
         kept = keep_words(candidates, planes, slots)
-        num_decode_hits = num_decode_hits + jnp.where(marks.is_decode, hits, 0)
+        if marks.is_decode is not None:
+            num_decode_hits = num_decode_hits + jnp.where(marks.is_decode, hits, 0)
         return (kept, seen, num_hits + hits, num_forgiven, num_decode_hits), None
 
     start = (resident, seen, *tally[:3])
@@ -178,13 +184,22 @@ def _select_block(resets: bool, resident: Words, seen: Words, tally: Tally, step
             jnp.minimum(num_members(words)[:, None], slots) for words in (seen, now_seen)
         )
         num_forgiven = num_forgiven + after - before
-    num_demands = num_members(demand)
-    num_decode_demands = jnp.where(marks.is_decode[:, None], num_demands, 0).sum(0)
-    demands = (
-        tally.num_demands + num_demands.sum(0),
-        tally.num_decode_demands + num_decode_demands,
+    num_demands = num_decode_demands = num_members(demand)
+    if marks.is_decode is None:
+        num_decode_hits = num_decode_hits + num_hits - tally.num_hits
+    else:
+        num_decode_demands = jnp.where(marks.is_decode[:, None], num_demands, 0)
+    return (
+        resident,
+        now_seen,
+        Tally(
+            num_hits,
+            num_forgiven,
+            num_decode_hits,
+            tally.num_demands + num_demands.sum(0),
+            tally.num_decode_demands + num_decode_demands.sum(0),
+        ),
     )
-    return resident, now_seen, Tally(num_hits, num_forgiven, num_decode_hits, *demands)
 
 
 def _keeps_state(decide, state, moment: Moment) -> bool:
@@ -278,12 +293,13 @@ def _decide(
 
 def _tallied(tally: Tally, *, num_hits, num_forgiven, num_demands, is_decode) -> Tally:
     """Adds one step."""
+    counted = is_decode is None or is_decode
     return Tally(
         tally.num_hits + num_hits,
         tally.num_forgiven + num_forgiven,
-        tally.num_decode_hits + jnp.where(is_decode, num_hits, 0),
+        tally.num_decode_hits + jnp.where(counted, num_hits, 0),
         tally.num_demands + num_demands,
-        tally.num_decode_demands + jnp.where(is_decode, num_demands, 0),
+        tally.num_decode_demands + jnp.where(counted, num_demands, 0),
     )
 
 

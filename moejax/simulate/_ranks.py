@@ -96,19 +96,23 @@ def ranks(
     if not strategy.reads_cache and num_capacities > _VECTOR:
         slots = np.pad(slots, ((0, 0), (0, -num_capacities % _VECTOR)))
     slots = jnp.asarray(slots, jnp.int32)
+    all_decode = bool(marks.is_decode.all())
     run = per_capacity if strategy.reads_cache else shared
     carry: Any = None
     total = None
-    tally = nothing = no_tally(slots)
+    tally = waiting = nothing = no_tally(slots)
     for number, start in enumerate(range(0, num_steps, BLOCK_STEPS)):
         block = block_at(
             replay, start, with_future=strategy.reads_future, with_gates=strategy.reads_gates
         )
-        here = marks_between(marks, start, start + BLOCK_STEPS)
+        here: Any = marks_between(marks, start, start + BLOCK_STEPS)
+        if all_decode:
+            here = here._replace(is_decode=None)
         carry, tally = run(kind, carry, tally, block, here, slots, key)
         if number % _DRAIN_BLOCKS == _DRAIN_BLOCKS - 1:
-            total, tally = _drained(total, tally), nothing
-    *cells, num_demands, num_decode_demands = _drained(total, tally)
+            # Waits for the blocks before these, so that the device always has some to do.
+            total, waiting, tally = _drained(total, waiting), tally, nothing
+    *cells, num_demands, num_decode_demands = _drained(_drained(total, waiting), tally)
     hits, forgiven, decode_hits = (cell[:, :num_capacities] for cell in cells)
     return Counts(hits, forgiven, decode_hits, num_demands, num_decode_demands)
 

@@ -11,7 +11,7 @@ from moejax.strategies import NEVER, Access, CacheShape, Future
 from moejax.trace import demand_counts, next_use
 
 MAX_DEPTH = 3
-BLOCK_STEPS = 128
+BLOCK_STEPS = 256
 
 
 class Replay(NamedTuple):

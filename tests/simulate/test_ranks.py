@@ -13,6 +13,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from moejax.simulate import Marks, hit_curve, lru_hit_curve, ranks, replay, stream
+from moejax.simulate._replay import BLOCK_STEPS
 from moejax.simulate._words import as_int32, keep_words, num_members, pack, rank_planes
 from moejax.strategies import (
     Decision,
@@ -173,7 +174,9 @@ def transition_scores():
 
 
 def test_scores_without_a_past_equal_plain_python(random_experts):
-    experts = random_experts(3, num_steps=140, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
+    experts = random_experts(
+        3, num_steps=BLOCK_STEPS + 9, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS
+    )
     strategy, pairs = transition_scores()
     counts = ranks(strategy, stream(experts, NUM_EXPERTS), ALL_SLOTS, KEY, topk=4)
     for layer, slots in itertools.product(range(NUM_LAYERS), (1, 5, 9)):
@@ -190,10 +193,10 @@ def test_scores_without_a_past_equal_plain_python(random_experts):
 @pytest.mark.parametrize("name", ["lfu", "fifo", "oracle", "top_k"])
 def test_a_stream_of_ids_counts_what_a_table_of_demand_counts(name, random_experts):
     # Three blocks, the last one not full, and ids named twice.
-    experts = random_experts(7, num_steps=300, num_experts=NUM_EXPERTS)
+    experts = random_experts(7, num_steps=2 * BLOCK_STEPS + 40, num_experts=NUM_EXPERTS)
     experts = np.concatenate([experts, experts[..., ::-1][..., :3]], -1)
     steps = np.arange(len(experts))
-    marks = Marks(steps % 5 > 1, np.isin(steps, [127, 128, 256, 299]))
+    marks = Marks(steps % 5 > 1, np.isin(steps, [BLOCK_STEPS - 1, BLOCK_STEPS, len(steps) - 1]))
     found, expected = (
         ranks(STRATEGIES[name], source, ALL_SLOTS, KEY, topk=4, marks=marks)
         for source in (stream(experts, NUM_EXPERTS), replay(experts, NUM_EXPERTS))
@@ -203,11 +206,11 @@ def test_a_stream_of_ids_counts_what_a_table_of_demand_counts(name, random_exper
 
 
 def test_a_stream_holds_no_table_of_steps_and_experts(random_experts):
-    experts = random_experts(7, num_steps=300, num_experts=NUM_EXPERTS)
+    experts = random_experts(7, num_steps=BLOCK_STEPS + 1, num_experts=NUM_EXPERTS)
     source = stream(experts, NUM_EXPERTS)
     assert source.experts is experts
     assert source.coming is not None
-    assert source.coming.size == 3 * 3 * NUM_EXPERTS
+    assert source.coming.size == 2 * NUM_LAYERS * NUM_EXPERTS
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "oracle", "top_k"])
