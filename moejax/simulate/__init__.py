@@ -1,5 +1,7 @@
 """The two simulators: exact ranks without a clock, and the timeline with one."""
 
+from moejax.simulate._blocks import Stream as Stream
+from moejax.simulate._blocks import stream as stream
 from moejax.simulate._capacity import slots_within as slots_within
 from moejax.simulate._hit_curve import HitCurve as HitCurve
 from moejax.simulate._hit_curve import hit_curve as hit_curve
@@ -11,9 +13,7 @@ from moejax.simulate._ranks import Counts as Counts
 from moejax.simulate._ranks import Marks as Marks
 from moejax.simulate._ranks import ranks as ranks
 from moejax.simulate._replay import Replay as Replay
-from moejax.simulate._replay import Stream as Stream
 from moejax.simulate._replay import replay as replay
-from moejax.simulate._replay import stream as stream
 from moejax.simulate._sweep import by_target as by_target
 from moejax.simulate._sweep import step_means as step_means
 from moejax.simulate._sweep import sweep as sweep

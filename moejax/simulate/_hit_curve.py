@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from moejax._types import PRNGKey
+from moejax.simulate._blocks import BLOCK_STEPS, block_at, stream
 from moejax.simulate._ranks import Marks, ranks
-from moejax.simulate._replay import BLOCK_STEPS, block_at, stream
 from moejax.strategies import Strategy
 
 _QUEUED_BLOCKS = 16

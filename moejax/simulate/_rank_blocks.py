@@ -24,12 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from moejax.simulate._replay import (
-    Block,
-    Moment,
-    layer_accesses,
-    moments_of,
-)
+from moejax.simulate._blocks import Block, moments_of
+from moejax.simulate._replay import Moment, layer_accesses
 from moejax.simulate._words import (
     WORD_BITS,
     Words,
@@ -49,6 +45,9 @@ _jit = functools.partial(jax.jit, compiler_options={"xla_cpu_multi_thread_eigen"
 # What one thread hands to XLA's CPU client runs in that order, ready or not; what another thread
 # hands over runs beside it. A hand-over takes no time, so one thread a stage serves everybody.
 _scorer, _ranker = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+# Where the lanes lie in each field of a block.
+_LANE_AXES = Block._make((None, 1, 0, None))
 
 
 class Kind(NamedTuple):
@@ -96,12 +95,12 @@ class _SharedCarry(NamedTuple):
 
 def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, key):
     """Scores once for all capacities, then selects for each."""
-    shape = kind.shape
     if carry is None:
-        num_words = -(-shape.num_experts // WORD_BITS)
+        num_words = -(-kind.shape.num_experts // WORD_BITS)
         nothing = (jnp.zeros(slots.shape, jnp.uint32),) * num_words
-        unseen = (jnp.zeros(shape.num_layers, jnp.uint32),) * num_words
-        carry = _SharedCarry(kind.strategy.init(shape), nothing, unseen)
+        unseen = (jnp.zeros(len(slots), jnp.uint32),) * num_words
+        state = _copies(kind.strategy.init(kind.shape), _num_lanes(block))
+        carry = _SharedCarry(state, nothing, unseen)
     scored = _scorer.submit(_score_block, kind, carry.state, block, marks.is_reset, key)
     state, score, demand, admit = scored.result()
     steps = (demand, _ranker.submit(_plane_block, score).result(), admit, marks)
@@ -113,7 +112,18 @@ def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, k
 
 @functools.partial(_jit, static_argnums=0)
 def _score_block(kind: Kind, state, block: Block, is_reset, key):
-    """Scores, demand and admissions of each step; sets as words."""
+    """Scores, demand and admissions of each step, lanes x layers as rows; sets as words."""
+    run = functools.partial(_score_lane, kind)
+    if _num_lanes(block) is None:
+        return run(state, block, is_reset, key)
+    run = jax.vmap(run, in_axes=(0, _LANE_AXES, None, 0), out_axes=(0, 1, 1, 1))
+    state, *steps = run(state, block, is_reset, key)
+    rows = (len(is_reset), -1)
+    score, demand, admit = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[3:]), steps)
+    return state, score, demand, admit
+
+
+def _score_lane(kind: Kind, state, block: Block, is_reset, key):
     strategy, shape = kind.strategy, kind.shape
     moments = moments_of(block, shape, is_stream=kind.is_stream)
     resident = jnp.zeros((shape.num_layers, shape.num_experts), bool)
@@ -230,19 +240,36 @@ class _OwnCarry(NamedTuple):
 def per_capacity(kind: Kind, carry: _OwnCarry | None, tally, block, marks, slots, key):
     """Scores and selects for each capacity by itself."""
     if carry is None:
-        carry = _own_start(kind, slots.shape[1])
+        carry = _copies(_own_start(kind, slots.shape[1]), _num_lanes(block))
     return _own_block(kind, carry, tally, block, marks, slots, key)
 
 
 def _own_start(kind: Kind, num_capacities: int) -> _OwnCarry:
     shape = kind.shape
-    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_capacities), kind.strategy.init(shape))
+    state = _copies(kind.strategy.init(shape), num_capacities)
     nothing = jnp.zeros((num_capacities, shape.num_layers, shape.num_experts), bool)
     return _OwnCarry(state, nothing, nothing[0])
 
 
 @functools.partial(_jit, static_argnums=0)
 def _own_block(kind: Kind, carry: _OwnCarry, tally: Tally, block: Block, marks, slots, key):
+    run = functools.partial(_own_lane, kind)
+    num_lanes = _num_lanes(block)
+    if num_lanes is None:
+        return run(carry, tally, block, marks, slots, key)
+    split, merge = (
+        functools.partial(jax.tree.map, function)
+        for function in (
+            lambda rows: rows.reshape(num_lanes, -1, *rows.shape[1:]),
+            lambda rows: rows.reshape(-1, *rows.shape[2:]),
+        )
+    )
+    run = jax.vmap(run, in_axes=(0, 0, _LANE_AXES, None, 0, 0))
+    carry, tally = run(carry, split(tally), block, marks, split(slots), key)
+    return carry, merge(tally)
+
+
+def _own_lane(kind: Kind, carry: _OwnCarry, tally: Tally, block: Block, marks, slots, key):
     strategy, shape = kind.strategy, kind.shape
     moments = moments_of(block, shape, is_stream=kind.is_stream)
     start = _own_start(kind, slots.shape[1])
@@ -301,6 +328,18 @@ def _tallied(tally: Tally, *, num_hits, num_forgiven, num_demands, is_decode) ->
         tally.num_demands + num_demands,
         tally.num_decode_demands + jnp.where(counted, num_demands, 0),
     )
+
+
+def _num_lanes(block: Block) -> int | None:
+    """Traces that lie side by side; None for one without an axis of lanes."""
+    return block.rows.shape[1] if block.rows.ndim == 4 else None
+
+
+def _copies(state, number: int | None):
+    """As many of the state along a new first axis; the state itself for None."""
+    if number is None:
+        return state
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (number, *leaf.shape)), state)
 
 
 def _renewed(state, start, is_reset):

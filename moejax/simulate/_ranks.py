@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from moejax._types import PRNGKey
+from moejax.simulate._blocks import BLOCK_STEPS, Stream, block_at
 from moejax.simulate._rank_blocks import Kind, Tally, no_tally, per_capacity, shared
-from moejax.simulate._replay import BLOCK_STEPS, MAX_DEPTH, Replay, Stream, block_at
+from moejax.simulate._replay import MAX_DEPTH, Replay
 from moejax.strategies import CacheShape, Strategy
 
 # Device counts have 32 bits, and work that is queued holds memory.
@@ -22,7 +22,7 @@ _VECTOR = 16
 
 
 class Counts(NamedTuple):
-    """Exact counts of a demand-only replay.
+    """Exact counts of a demand-only replay; lanes are those of the `Stream`.
 
     Attributes:
       num_hits: Demands met by a resident expert.
@@ -32,21 +32,22 @@ class Counts(NamedTuple):
       num_decode_demands: The same in the steps marked as decode.
     """
 
-    num_hits: Int[np.ndarray, "layers capacities"]
-    num_forgiven: Int[np.ndarray, "layers capacities"]
-    num_decode_hits: Int[np.ndarray, "layers capacities"]
-    num_demands: Int[np.ndarray, " layers"]
-    num_decode_demands: Int[np.ndarray, " layers"]
+    num_hits: Int[np.ndarray, "*lanes layers capacities"]
+    num_forgiven: Int[np.ndarray, "*lanes layers capacities"]
+    num_decode_hits: Int[np.ndarray, "*lanes layers capacities"]
+    num_demands: Int[np.ndarray, "*lanes layers"]
+    num_decode_demands: Int[np.ndarray, "*lanes layers"]
 
     @property
-    def hit_ratio(self) -> Float[np.ndarray, " capacities"]:
+    def hit_ratio(self) -> Float[np.ndarray, "*lanes capacities"]:
         """Hits over demands: every load is a miss."""
-        return self.num_hits.sum(0) / max(1, self.num_demands.sum())
+        return self.num_hits.sum(-2) / np.maximum(1, self.num_demands.sum(-1))[..., None]
 
     @property
-    def hit_ratio_warm(self) -> Float[np.ndarray, " capacities"]:
+    def hit_ratio_warm(self) -> Float[np.ndarray, "*lanes capacities"]:
         """The same by the convention of the published curves: cold misses are forgiven."""
-        return (self.num_hits + self.num_forgiven).sum(0) / max(1, self.num_demands.sum())
+        num_met = (self.num_hits + self.num_forgiven).sum(-2)
+        return num_met / np.maximum(1, self.num_demands.sum(-1))[..., None]
 
 
 class Marks(NamedTuple):
@@ -65,7 +66,7 @@ def ranks(
     strategy: Strategy,
     replay: Replay | Stream,
     capacities: Int[np.ndarray, "*layers capacities"],
-    key: PRNGKey,
+    key: Key[Array, "*lanes"] | UInt32[Array, "*lanes 2"],
     *,
     topk: int,
     marks: Marks | None = None,
@@ -74,17 +75,18 @@ def ranks(
 
     Args:
       strategy: What scores.
-      replay: Demand step by step; of a `Stream`, a block of steps at a time is held.
+      replay: Demand step by step; of a `Stream`, a block of steps at a time is held, and lanes
+        are replayed side by side.
       capacities: Slots of a layer: one row for all layers, or a row a layer.
-      key: Consumed by the strategy, split by event.
+      key: Consumed by the strategy, split by event; one a lane.
       topk: Experts one token demands.
-      marks: Decode steps and resets; all decode and none by default.
+      marks: Decode steps and resets of all lanes; all decode and none by default.
 
     Returns:
       The counts.
     """
     table = replay.experts if isinstance(replay, Stream) else replay.demand
-    num_steps, num_layers, num_experts = table.shape
+    num_steps, *lanes, num_layers, num_experts = table.shape
     if isinstance(replay, Stream):
         num_experts = replay.num_experts
     if marks is None:
@@ -92,7 +94,8 @@ def ranks(
     shape = CacheShape(num_layers, num_experts, topk, min(MAX_DEPTH, num_layers - 1))
     kind = Kind(strategy, shape, isinstance(replay, Stream), bool(marks.is_reset.any()))
     num_capacities = np.shape(capacities)[-1]
-    slots = np.broadcast_to(capacities, (num_layers, num_capacities))
+    slots = np.broadcast_to(capacities, (*lanes, num_layers, num_capacities))
+    slots = slots.reshape(-1, num_capacities)
     if not strategy.reads_cache and num_capacities > _VECTOR:
         slots = np.pad(slots, ((0, 0), (0, -num_capacities % _VECTOR)))
     slots = jnp.asarray(slots, jnp.int32)
@@ -113,8 +116,9 @@ def ranks(
             # Waits for the blocks before these, so that the device always has some to do.
             total, waiting, tally = _drained(total, waiting), tally, nothing
     *cells, num_demands, num_decode_demands = _drained(_drained(total, waiting), tally)
-    hits, forgiven, decode_hits = (cell[:, :num_capacities] for cell in cells)
-    return Counts(hits, forgiven, decode_hits, num_demands, num_decode_demands)
+    cells = [cell[:, :num_capacities] for cell in cells]
+    found = (*cells, num_demands, num_decode_demands)
+    return Counts(*(part.reshape(*lanes, num_layers, *part.shape[1:]) for part in found))
 
 
 def marks_between(marks: Marks, start: int, stop: int) -> Marks:

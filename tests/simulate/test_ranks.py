@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from moejax.simulate import Marks, hit_curve, lru_hit_curve, ranks, replay, stream
-from moejax.simulate._replay import BLOCK_STEPS
+from moejax.simulate._blocks import BLOCK_STEPS
 from moejax.simulate._words import as_int32, keep_words, num_members, pack, rank_planes
 from moejax.strategies import (
     Decision,
@@ -211,6 +211,22 @@ def test_a_stream_holds_no_table_of_steps_and_experts(random_experts):
     assert source.experts is experts
     assert source.coming is not None
     assert source.coming.size == 2 * NUM_LAYERS * NUM_EXPERTS
+
+
+@pytest.mark.parametrize("name", ["lfu", "fifo", "oracle", "top_k"])
+def test_lanes_side_by_side_count_what_each_counts_alone(name, random_experts):
+    alone = [random_experts(seed, num_steps=300) for seed in (31, 32)]
+    marks = Marks(np.arange(300) % 3 > 0, np.arange(300) == 290)
+    keys = jax.random.split(KEY, 2)
+    both = stream(np.stack(alone, axis=1), NUM_EXPERTS)
+    slots = np.array([2, 7])
+    found = ranks(STRATEGIES[name], both, slots, keys, topk=4, marks=marks)
+    for lane, experts in enumerate(alone):
+        source = stream(experts, NUM_EXPERTS)
+        expected = ranks(STRATEGIES[name], source, slots, keys[lane], topk=4, marks=marks)
+        for field, one in expected._asdict().items():
+            np.testing.assert_array_equal(getattr(found, field)[lane], one, field)
+        np.testing.assert_array_equal(found.hit_ratio_warm[lane], expected.hit_ratio_warm)
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "oracle", "top_k"])
