@@ -152,13 +152,17 @@ _plane_block = _jit(rank_planes)
 @functools.partial(_jit, static_argnums=0)
 def _select_block(resets: bool, resident: Words, seen: Words, tally: Tally, steps, slots):
     """Serves each step's demand and keeps the best of each capacity."""
-    demand, _, admit, marks = steps
+    demand, planes, admit, marks = steps
+    # In one piece, of which a step is one slice: a GPU copies each of many before it starts.
+    words, parts = jax.tree.flatten((demand, planes, admit))
+    words = jnp.stack(words, axis=1)
     # A cache that admits all and starts once holds all that was seen, up to its capacity.
     always_fills = admit is None and not resets
 
     def serve(carry, step):
         resident, seen, num_hits, num_forgiven, num_decode_hits = carry
-        demand, planes, admit, marks = step
+        words, marks = step
+        demand, planes, admit = jax.tree.unflatten(parts, words)
         if resets:
             resident, seen = (
                 tuple(jnp.where(marks.is_reset, jnp.uint32(0), word) for word in words)
@@ -183,7 +187,7 @@ def _select_block(resets: bool, resident: Words, seen: Words, tally: Tally, step
 
     start = (resident, seen, *tally[:3])
     (resident, now_seen, num_hits, num_forgiven, num_decode_hits), _ = jax.lax.scan(
-        serve, start, steps
+        serve, start, (words, marks)
     )
     if always_fills:
         now_seen = tuple(
