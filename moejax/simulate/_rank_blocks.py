@@ -21,21 +21,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from moejax.simulate._blocks import Block, moments_of
 from moejax.simulate._replay import Moment, layer_accesses
+from moejax.simulate._select import Steps, Tally, select_block
 from moejax.simulate._words import (
     WORD_BITS,
     Words,
     as_int32,
-    intersect,
-    keep_words,
-    num_members,
     pack,
     rank_planes,
-    unite,
 )
 from moejax.strategies import CacheShape, Decision, Strategy, keep_best
 
@@ -66,22 +62,6 @@ class Kind(NamedTuple):
     resets: bool
 
 
-class Tally(NamedTuple):
-    """`Counts` so far, on the device."""
-
-    num_hits: Int[Array, "layers capacities"]
-    num_forgiven: Int[Array, "layers capacities"]
-    num_decode_hits: Int[Array, "layers capacities"]
-    num_demands: Int[Array, " layers"]
-    num_decode_demands: Int[Array, " layers"]
-
-
-def no_tally(slots: Int[Array, "layers capacities"]) -> Tally:
-    """Counts of nothing."""
-    cells, rows = jnp.zeros_like(slots), jnp.zeros(len(slots), jnp.int32)
-    return Tally(cells, cells, cells, rows, rows)
-
-
 # --- scores that read no cache ----------------------------------------------------------------
 
 
@@ -103,10 +83,11 @@ def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, k
         carry = _SharedCarry(state, nothing, unseen)
     scored = _scorer.submit(_score_block, kind, carry.state, block, marks.is_reset, key)
     state, score, demand, admit = scored.result()
-    steps = (demand, _ranker.submit(_plane_block, score).result(), admit, marks)
-    resident, seen, tally = _select_block(
-        kind.resets, carry.resident, carry.seen, tally, steps, slots
-    )
+    planes = _ranker.submit(_plane_block, score).result()
+    is_reset = marks.is_reset if kind.resets else None
+    steps = Steps(demand, planes, admit, marks.is_decode, is_reset)
+    how = "kernel" if jax.default_backend() == "gpu" else "scan"
+    resident, seen, tally = _select_block(carry.resident, carry.seen, tally, steps, slots, how=how)
     return _SharedCarry(state, resident, seen), tally
 
 
@@ -149,71 +130,9 @@ def _score_lane(kind: Kind, state, block: Block, is_reset, key):
 _plane_block = _jit(rank_planes)
 
 
-@functools.partial(_jit, static_argnums=0)
-def _select_block(resets: bool, resident: Words, seen: Words, tally: Tally, steps, slots):
-    """Serves each step's demand and keeps the best of each capacity."""
-    demand, planes, admit, marks = steps
-    # In one piece, of which a step is one slice: a GPU copies each of many before it starts.
-    words, parts = jax.tree.flatten((demand, planes, admit))
-    words = jnp.stack(words, axis=1)
-    # A cache that admits all and starts once holds all that was seen, up to its capacity.
-    always_fills = admit is None and not resets
-
-    def serve(carry, step):
-        resident, seen, num_hits, num_forgiven, num_decode_hits = carry
-        words, marks = step
-        demand, planes, admit = jax.tree.unflatten(parts, words)
-        if resets:
-            resident, seen = (
-                tuple(jnp.where(marks.is_reset, jnp.uint32(0), word) for word in words)
-                for words in (resident, seen)
-            )
-        columns = tuple(word[:, None] for word in demand)
-        hits = num_members(intersect(resident, columns))
-        candidates = unite(resident, columns)
-        if not always_fills:
-            fresh = tuple(word & ~old for word, old in zip(demand, seen, strict=True))
-            fresh = fresh if admit is None else intersect(fresh, admit)
-            num_free = slots - num_members(resident)
-            num_forgiven = num_forgiven + jnp.minimum(num_members(fresh)[:, None], num_free)
-            seen = unite(seen, demand)
-        if admit is not None:
-            candidates = intersect(candidates, tuple(word[:, None] for word in admit))
-        planes = [tuple(word[:, None] for word in plane) for plane in planes]
-        kept = keep_words(candidates, planes, slots)
-        if marks.is_decode is not None:
-            num_decode_hits = num_decode_hits + jnp.where(marks.is_decode, hits, 0)
-        return (kept, seen, num_hits + hits, num_forgiven, num_decode_hits), None
-
-    start = (resident, seen, *tally[:3])
-    (resident, now_seen, num_hits, num_forgiven, num_decode_hits), _ = jax.lax.scan(
-        serve, start, (words, marks)
-    )
-    if always_fills:
-        now_seen = tuple(
-            old | jax.lax.reduce(word, np.uint32(0), jax.lax.bitwise_or, (0,))
-            for word, old in zip(demand, seen, strict=True)
-        )
-        before, after = (
-            jnp.minimum(num_members(words)[:, None], slots) for words in (seen, now_seen)
-        )
-        num_forgiven = num_forgiven + after - before
-    num_demands = num_decode_demands = num_members(demand)
-    if marks.is_decode is None:
-        num_decode_hits = num_decode_hits + num_hits - tally.num_hits
-    else:
-        num_decode_demands = jnp.where(marks.is_decode[:, None], num_demands, 0)
-    return (
-        resident,
-        now_seen,
-        Tally(
-            num_hits,
-            num_forgiven,
-            num_decode_hits,
-            tally.num_demands + num_demands.sum(0),
-            tally.num_decode_demands + num_decode_demands.sum(0),
-        ),
-    )
+@functools.partial(_jit, static_argnames="how")
+def _select_block(resident: Words, seen: Words, tally: Tally, steps: Steps, slots, *, how: str):
+    return select_block(resident, seen, tally, steps, slots, how=how)
 
 
 def _keeps_state(decide, state, moment: Moment) -> bool:

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from moejax.simulate._blocks import BLOCK_STEPS, Stream, block_at
-from moejax.simulate._rank_blocks import Kind, Tally, no_tally, per_capacity, shared
+from moejax.simulate._rank_blocks import Kind, per_capacity, shared
 from moejax.simulate._replay import MAX_DEPTH, Replay
+from moejax.simulate._select import Tally, no_tally
 from moejax.strategies import CacheShape, Strategy
 
 # Device counts have 32 bits, and work that is queued holds memory.

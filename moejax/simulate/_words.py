@@ -36,7 +36,8 @@ def pack_columns(members: Bool[Array, "experts ..."]) -> Words:
 
 def num_members(words: Words) -> Int[Array, "*lanes"]:
     """How many experts each set holds."""
-    counts = (jax.lax.population_count(word).astype(jnp.int32) for word in words)
+    # Signed, since Triton counts the bits of no other words.
+    counts = (jax.lax.population_count(word.astype(jnp.int32)) for word in words)
     return functools.reduce(operator.add, counts)
 
 

@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 
 from moejax.simulate import Marks, hit_curve, lru_hit_curve, ranks, replay, stream
 from moejax.simulate._blocks import BLOCK_STEPS
+from moejax.simulate._select import Steps, no_tally, select_block
 from moejax.simulate._words import as_int32, keep_words, num_members, pack, rank_planes
 from moejax.strategies import (
     Decision,
@@ -402,3 +403,44 @@ def test_one_trace_serves_all_blocks_capacities_and_keys(random_experts):
     long = replay(random_experts(2, num_steps=300), NUM_EXPERTS)
     ranks(strategy, long, np.array([4, 0, 12]), jax.random.key(1), topk=4)
     assert num_traced == after_one_block
+
+
+# --- the kernel of a GPU ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_rows", "num_capacities"), [(3, 1), (8, 5), (4, 256)])
+@pytest.mark.parametrize("marked", [False, True], ids=["unmarked", "marked"])
+def test_the_kernel_selects_what_the_scan_selects(num_rows, num_capacities, marked):
+    rng = np.random.default_rng(num_capacities)
+    num_steps, num_experts = 9, 64
+    score = jnp.asarray(rng.integers(0, 9, (num_steps, num_rows, num_experts)), jnp.int32)
+    demand = jnp.asarray(rng.random(score.shape) < 0.1)
+    steps = Steps(
+        demand=pack(demand),
+        planes=rank_planes(score),
+        admit=pack(jnp.asarray(rng.random(score.shape) < 0.8)) if marked else None,
+        is_decode=jnp.arange(num_steps) % 3 > 0 if marked else None,
+        is_reset=jnp.arange(num_steps) == 5 if marked else None,
+    )
+    slots = jnp.asarray(rng.integers(0, num_experts, (num_rows, num_capacities)), jnp.int32)
+    nothing = (jnp.zeros(slots.shape, jnp.uint32),) * 2
+    seen = (jnp.zeros(num_rows, jnp.uint32),) * 2
+    before = no_tally(slots)
+    scanned, compiled = (
+        jax.jit(select_block, static_argnames="how")(nothing, seen, before, steps, slots, how=how)
+        for how in ("scan", "interpret")
+    )
+    for one, other in zip(jax.tree.leaves(scanned), jax.tree.leaves(compiled), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert int(scanned[2].num_hits.sum()) > 0
+
+
+def test_the_kernel_lowers_for_a_gpu():
+    slots = jnp.full((4, 16), 3, jnp.int32)
+    words, seen = (jnp.zeros(slots.shape, jnp.uint32),) * 2, (jnp.zeros(4, jnp.uint32),) * 2
+    step = (jnp.zeros((5, 4), jnp.uint32),) * 2
+    steps = Steps(step, (step,) * 6, step, jnp.ones(5, bool), jnp.zeros(5, bool))
+    traced = jax.jit(select_block, static_argnames="how").trace(
+        words, seen, no_tally(slots), steps, slots, how="kernel"
+    )
+    assert "select_block" in traced.lower(lowering_platforms=("cuda",)).as_text()
