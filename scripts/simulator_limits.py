@@ -20,9 +20,19 @@ from simulator_traces import (
     make_strategies,
 )
 
+from moejax.simulate import _rank_blocks as rank_blocks
 from moejax.simulate import ranks, stream
-from moejax.simulate._words import intersect, keep_words, num_members, num_rank_bits, unite
-from moejax.strategies import lru, oracle
+from moejax.simulate._blocks import BLOCK_STEPS, block_at
+from moejax.simulate._select import Steps, no_tally
+from moejax.simulate._words import (
+    WORD_BITS,
+    intersect,
+    keep_words,
+    num_members,
+    num_rank_bits,
+    unite,
+)
+from moejax.strategies import CacheShape, lru, oracle
 
 LONG = Geometry(24, 64, 1_041_667, 4)
 WIDE = Geometry(48, 128, 2_048, 8)
@@ -30,7 +40,7 @@ GROWTH_SLOTS = np.array([4, 8, 12, 16, 24, 32, 40, 48])
 _SEGMENT_STEPS = 20_000
 _TWIN_STEPS, _TWIN_LANES = 32, 2
 _ARRAY_BYTES = 2**29
-_REGISTER_LANES, _NUM_SELECTS = 2**20, 8
+_NUM_WORDS, _NUM_TURNS = 2**22, 256
 # Programs in flight in one sample, so that none waits for its launch.
 _NUM_CALLS = 8
 
@@ -105,15 +115,15 @@ def _sweep_long(num_experts: int, experts) -> None:
 def measure_fill(num_lanes: int, num_samples: int, shrink: int) -> dict[str, Any]:
     """Request-capacities a second of each strategy over many lanes and every capacity.
 
-    Beside it the same selects with nothing to fetch, and the bytes that a step must move at the
-    rate at which this device reads and writes: no program of this form can be faster.
+    Beside it what no program of this form can beat on this device: the word operations of the
+    ranks and the selects at the measured rate of such operations, and the bytes of scores and
+    rank planes, each written once and read once, at the measured rate of memory.
     """
     geometry = WIDE._replace(num_steps=WIDE.num_steps // shrink)
     experts = draw_lanes(geometry, num_lanes)
     slots = np.arange(1, geometry.num_experts + 1)
     profile = make_profile(geometry)
     keys = jax.random.split(jax.random.key(0), num_lanes)
-    num_cells = num_lanes * geometry.num_layers * len(slots)
     num_request_capacities = experts.size * len(slots)
     rows = []
     for name, strategy in make_strategies(profile).items():
@@ -132,10 +142,8 @@ def measure_fill(num_lanes: int, num_samples: int, shrink: int) -> dict[str, Any
                 "request_capacities_per_s": num_request_capacities / min(samples),
             }
         )
-    bytes_per_s, selects_per_s = _read_write_rate(), _select_rate(geometry.num_experts)
-    step_bytes = num_cells * _bytes_of_a_cell(geometry.num_experts)
     total_s = sum(row["ours_s"] for row in rows)
-    num_selects = geometry.num_steps * num_cells
+    num_rows = geometry.num_steps * num_lanes * geometry.num_layers
     return {
         **geometry._asdict(),
         "num_lanes": num_lanes,
@@ -143,12 +151,88 @@ def measure_fill(num_lanes: int, num_samples: int, shrink: int) -> dict[str, Any
         "num_request_capacities": num_request_capacities,
         "strategies": rows,
         "request_capacities_per_s": len(rows) * num_request_capacities / total_s,
-        "read_write_bytes_per_s": bytes_per_s,
-        "memory_bound_s": geometry.num_steps * step_bytes / bytes_per_s,
-        "selects_in_registers_per_s": selects_per_s,
-        "select_bound_s": num_selects / selects_per_s,
+        **_bounds(geometry.num_experts, num_rows, len(slots)),
+        "stages": measure_stages(geometry, experts, slots, num_samples),
         **_compared(geometry, experts[:_TWIN_STEPS, :_TWIN_LANES], profile),
     }
+
+
+def measure_stages(geometry: Geometry, experts, slots, num_samples: int) -> dict[str, Any]:
+    """What each stage of `lru` takes by itself, block for block; in a replay they overlap."""
+    source, strategy = stream(experts, geometry.num_experts, with_future=False), lru()
+    layers, num_experts = geometry.num_layers, geometry.num_experts
+    shape = CacheShape(layers, num_experts, geometry.topk, min(3, layers - 1))
+    kind = rank_blocks.Kind(strategy, shape, is_stream=True, resets=False)
+    num_lanes = experts.shape[1]
+    key = jax.random.split(jax.random.key(0), num_lanes)
+    state = rank_blocks._copies(strategy.init(shape), num_lanes)
+    is_reset = np.zeros(BLOCK_STEPS, bool)
+    block = block_at(source, 0, with_future=False, with_gates=False)
+    cells = jnp.broadcast_to(jnp.asarray(slots, jnp.int32)[None], (num_lanes * layers, len(slots)))
+    words = (jnp.zeros(cells.shape, jnp.uint32),) * -(-num_experts // WORD_BITS)
+    seen = tuple(word[:, 0] for word in words)
+
+    def score():
+        return rank_blocks._score_block(kind, state, block, is_reset, key)
+
+    _, scores, demand, _ = score()
+
+    def rank():
+        return rank_blocks._plane_block(scores)
+
+    steps = Steps(demand, rank(), None, None, None)
+
+    def select():
+        return rank_blocks._select_block(
+            words, seen, no_tally(cells), steps, cells, how=rank_blocks.how_to_select()
+        )
+
+    found: dict[str, Any] = {"strategy": "lru", "num_blocks": -(-len(experts) // BLOCK_STEPS)}
+    for name, run in {"score": score, "rank": rank, "select": select}.items():
+        jax.block_until_ready(run())
+        fastest = min(
+            timed(lambda run=run: jax.block_until_ready(run())) for _ in range(num_samples)
+        )
+        found[f"{name}_s"] = found["num_blocks"] * fastest
+    return found
+
+
+def _bounds(num_experts: int, num_rows: int, num_capacities: int) -> dict[str, float]:
+    """Seconds that a replay takes at least, and the rates that say so."""
+    num_words, num_planes = -(-num_experts // WORD_BITS), num_rank_bits(num_experts)
+    # Ranks compare every expert with every other and add one; a score is four bytes.
+    num_operations = num_rows * (2 * num_experts**2 + num_capacities * operations_of(num_experts))
+    num_bytes = 2 * num_rows * 4 * (num_experts + num_planes * num_words)
+    operations_per_s, bytes_per_s = _operation_rate(), _read_write_rate()
+    return {
+        "select_operations": operations_of(num_experts),
+        "operations_per_s": operations_per_s,
+        "operation_bound_s": num_operations / operations_per_s,
+        "read_write_bytes_per_s": bytes_per_s,
+        "memory_bound_s": num_bytes / bytes_per_s,
+    }
+
+
+def operations_of(num_experts: int) -> int:
+    """Word operations of one select with its hits, as the program spells them."""
+    words = (jnp.uint32(0),) * -(-num_experts // WORD_BITS)
+    planes = (words,) * num_rank_bits(num_experts)
+
+    def select(resident, demand, planes, slots, num_hits):
+        num_hits = num_hits + num_members(intersect(resident, demand))
+        return keep_words(unite(resident, demand), planes, slots), num_hits
+
+    traced = jax.make_jaxpr(select)(words, words, planes, jnp.int32(1), jnp.int32(0))
+    free = {"convert_element_type", "broadcast_in_dim", "pjit", "jit"}
+    return sum(equation.primitive.name not in free for equation in _equations(traced.jaxpr))
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from _equations(value.jaxpr)
 
 
 def _compared(geometry: Geometry, experts, profile) -> dict[str, int]:
@@ -165,12 +249,6 @@ def _compared(geometry: Geometry, experts, profile) -> dict[str, int]:
     return {"cells": num_cells, "cells_equal": num_equal}
 
 
-def _bytes_of_a_cell(num_experts: int) -> int:
-    """What a step reads and writes of a layer at one capacity: the residents and a count."""
-    num_words = -(-num_experts // 32)
-    return 2 * 4 * (num_words + 1)
-
-
 def _read_write_rate() -> float:
     """Bytes a second, read and written, of adding one to a large array in place."""
     add = jax.jit(lambda old: old + 1, donate_argnums=0)
@@ -185,31 +263,21 @@ def _read_write_rate() -> float:
     return 2 * _ARRAY_BYTES * _NUM_CALLS / min(timed(run) for _ in range(5))
 
 
-def _select_rate(num_experts: int) -> float:
-    """Selects a second, with their hits, when all that a select needs is in registers."""
-    num_words = -(-num_experts // 32)
-    generator = np.random.default_rng(SEED)
-
-    def words(number, lanes):
-        drawn = generator.integers(0, 2**32, (number, num_words, lanes), np.uint32)
-        return [tuple(jnp.asarray(word) for word in one) for one in drawn]
-
-    planes = words(num_rank_bits(num_experts), 1)
-    demands, (resident,) = words(_NUM_SELECTS, 1), words(1, _REGISTER_LANES)
-    slots = jnp.asarray(generator.integers(1, num_experts + 1, _REGISTER_LANES), jnp.int32)
+def _operation_rate() -> float:
+    """Word operations a second when nothing is fetched: exclusive or and add, in turn."""
 
     @jax.jit
-    def select(resident, planes, demands, slots):
-        hits = jnp.zeros_like(slots)
-        for demand in demands:
-            hits = hits + num_members(intersect(resident, demand))
-            resident = keep_words(unite(resident, demand), planes, slots)
-        return resident, hits
+    def churn(word, first, second):
+        for _ in range(_NUM_TURNS):
+            word = (word ^ first) + second
+        return word
+
+    word = jnp.arange(_NUM_WORDS, dtype=jnp.uint32)
+    first, second = word * 3, word * 5 + 1
 
     def run():
-        found = [select(resident, planes, demands, slots) for _ in range(_NUM_CALLS)]
-        jax.block_until_ready(found)
+        jax.block_until_ready([churn(word, first, second) for _ in range(_NUM_CALLS)])
 
     run()
-    num_selects = _NUM_CALLS * _NUM_SELECTS * _REGISTER_LANES
-    return num_selects / min(timed(run) for _ in range(5))
+    num_operations = _NUM_CALLS * _NUM_WORDS * _NUM_TURNS * 2
+    return num_operations / min(timed(run) for _ in range(5))

@@ -86,9 +86,15 @@ def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, k
     planes = _ranker.submit(_plane_block, score).result()
     is_reset = marks.is_reset if kind.resets else None
     steps = Steps(demand, planes, admit, marks.is_decode, is_reset)
-    how = "kernel" if jax.default_backend() == "gpu" else "scan"
-    resident, seen, tally = _select_block(carry.resident, carry.seen, tally, steps, slots, how=how)
+    resident, seen, tally = _select_block(
+        carry.resident, carry.seen, tally, steps, slots, how=how_to_select()
+    )
     return _SharedCarry(state, resident, seen), tally
+
+
+def how_to_select() -> str:
+    """Which way of `select_block` this platform is fast with."""
+    return "kernel" if jax.default_backend() == "gpu" else "scan"
 
 
 @functools.partial(_jit, static_argnums=0)

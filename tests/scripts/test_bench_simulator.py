@@ -100,11 +100,18 @@ def test_growth_and_fill_on_a_few_steps(monkeypatch):
     monkeypatch.setattr(simulator_limits, "LONG", SMALL._replace(num_steps=64))
     monkeypatch.setattr(simulator_limits, "WIDE", SMALL)
     monkeypatch.setattr(simulator_limits, "_ARRAY_BYTES", 2**12)
-    monkeypatch.setattr(simulator_limits, "_REGISTER_LANES", 2**4)
+    monkeypatch.setattr(simulator_limits, "_NUM_WORDS", 2**4)
     growth = simulator_limits.measure_growth(1, 1)
     assert [row["num_requests"] for row in growth["lengths"]] == [96, 192, 384]
     assert len(growth["doubling_ratios"]) == 2
     fill = simulator_limits.measure_fill(3, 1, 1)
     assert fill["num_request_capacities"] == 40 * 3 * 2 * 3 * 8
     assert fill["cells_equal"] == fill["cells"] == 5 * 2 * 2 * 8
-    assert min(fill[f"{bound}_bound_s"] for bound in ("memory", "select")) > 0
+    assert min(fill["stages"][f"{stage}_s"] for stage in ("score", "rank", "select")) > 0
+    assert min(fill[f"{bound}_bound_s"] for bound in ("memory", "operation")) > 0
+
+
+def test_operations_of_a_select_are_counted():
+    # Two experts: one plane of one word. Hits take 3; the union 1; the plane's not, and, count,
+    # comparison, or, choice, and, choice, difference, choice; the rest's comparison, or, choice.
+    assert simulator_limits.operations_of(2) == 17
