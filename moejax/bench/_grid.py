@@ -1,6 +1,8 @@
 """The experiment: strategies x batch sizes x runs on the timeline."""
 
+import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,9 @@ from moejax.strategies import STRATEGIES, Profile, Strategy
 from moejax.trace import Trace, batch_trace
 
 MAX_LANES = 64
+# A timeline is a chain of small programs that keeps one core busy; what another thread hands over
+# runs beside it.
+_NUM_THREADS = 2
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,10 +73,9 @@ def run_grid(
       Records in the order strategy, batch size, run, batched before sequential.
     """
     places, steps = max(settings.batch_sizes), _total_steps(settings)
-    draws = [
-        draw_run(requests, run, num_places=places, num_steps=steps)
-        for run in range(settings.num_runs)
-    ]
+    draw = functools.partial(draw_run, requests, num_places=places, num_steps=steps)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        draws = list(pool.map(draw, range(settings.num_runs)))
     records: dict[tuple, dict[str, Any]] = {}
     # Lanes of one length go together: all batch sizes when batched, each by itself in sequence.
     groups = [("batched", settings.batch_sizes)] if "batched" in settings.dispatches else []
@@ -143,19 +147,27 @@ def simulate_lanes(
     def run(lane, clock, capacity, key):
         return timeline(strategy, lane, clock, capacity, key, topk=topk)
 
-    width = min(MAX_LANES, len(lanes))
+    width = min(MAX_LANES, -(-len(lanes) // _NUM_THREADS))
     width += -width % num_devices
-    results: list[Record] = []
-    for start in range(0, len(lanes), width):
+
+    def arguments(start: int):
         # The last group repeats its last lane, so that every group has one compiled shape.
         chosen = [min(start + i, len(lanes) - 1) for i in range(width)]
         batch = _stack([lanes[i] for i in chosen])
         clock = _stack([clocks[i] for i in chosen])
         keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[i] for i in chosen], jnp.uint32))
-        record = jax.device_get(run(*spread((batch, clock, capacities[chosen], keys))))
+        return spread((batch, clock, capacities[chosen], keys))
+
+    compiled = run.lower(*arguments(0)).compile()
+
+    def simulate(start: int) -> list[Record]:
+        record = jax.device_get(compiled(*arguments(start)))
         here = min(width, len(lanes) - start)
-        results += [jax.tree.map(lambda leaf, i=i: leaf[i], record) for i in range(here)]
-    return results
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], record) for i in range(here)]
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        groups = pool.map(simulate, range(0, len(lanes), width))
+        return [record for group in groups for record in group]
 
 
 def summarise(
