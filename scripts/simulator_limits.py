@@ -178,14 +178,13 @@ def measure_stages(geometry: Geometry, experts, slots, num_samples: int) -> dict
     _, scores, demand, _ = score()
 
     def rank():
-        return rank_blocks._plane_block(scores)
+        return rank_blocks._plane_block(None, scores)
 
     steps = Steps(demand, rank(), None, None, None)
 
     def select():
-        return rank_blocks._select_block(
-            words, seen, no_tally(cells), steps, cells, how=rank_blocks.how_to_select()
-        )
+        how = rank_blocks.how_to_select()
+        return rank_blocks._select_block(None, how, words, seen, no_tally(cells), steps, cells)
 
     found: dict[str, Any] = {"strategy": "lru", "num_blocks": -(-len(experts) // BLOCK_STEPS)}
     for name, run in {"score": score, "rank": rank, "select": select}.items():

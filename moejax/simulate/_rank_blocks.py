@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from moejax.simulate._blocks import Block, moments_of
+from moejax.simulate._mesh import ALL, COLUMNS, ROWS, on_mesh
 from moejax.simulate._replay import Moment, layer_accesses
 from moejax.simulate._select import Steps, Tally, select_block
 from moejax.simulate._words import (
@@ -44,6 +46,7 @@ _scorer, _ranker = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
 # Where the lanes lie in each field of a block.
 _LANE_AXES = Block._make((None, 1, 0, None))
+_LANE_SPECS = Block._make((ALL, COLUMNS, ROWS, ALL))
 
 
 class Kind(NamedTuple):
@@ -54,12 +57,14 @@ class Kind(NamedTuple):
       shape: Sizes.
       is_stream: Whether blocks hold ids.
       resets: Whether there are resets.
+      mesh: Devices that share the lanes; None leaves all on one.
     """
 
     strategy: Strategy
     shape: CacheShape
     is_stream: bool
     resets: bool
+    mesh: Mesh | None = None
 
 
 # --- scores that read no cache ----------------------------------------------------------------
@@ -83,11 +88,11 @@ def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, k
         carry = _SharedCarry(state, nothing, unseen)
     scored = _scorer.submit(_score_block, kind, carry.state, block, marks.is_reset, key)
     state, score, demand, admit = scored.result()
-    planes = _ranker.submit(_plane_block, score).result()
+    planes = _ranker.submit(_plane_block, kind.mesh, score).result()
     is_reset = marks.is_reset if kind.resets else None
     steps = Steps(demand, planes, admit, marks.is_decode, is_reset)
     resident, seen, tally = _select_block(
-        carry.resident, carry.seen, tally, steps, slots, how=how_to_select()
+        kind.mesh, how_to_select(), carry.resident, carry.seen, tally, steps, slots
     )
     return _SharedCarry(state, resident, seen), tally
 
@@ -104,7 +109,8 @@ def _score_block(kind: Kind, state, block: Block, is_reset, key):
     if _num_lanes(block) is None:
         return run(state, block, is_reset, key)
     run = jax.vmap(run, in_axes=(0, _LANE_AXES, None, 0), out_axes=(0, 1, 1, 1))
-    state, *steps = run(state, block, is_reset, key)
+    specs = (ROWS, _LANE_SPECS, ALL, ROWS), (ROWS, COLUMNS, COLUMNS, COLUMNS)
+    state, *steps = on_mesh(kind.mesh, run, *specs)(state, block, is_reset, key)
     rows = (len(is_reset), -1)
     score, demand, admit = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[3:]), steps)
     return state, score, demand, admit
@@ -133,12 +139,16 @@ def _score_lane(kind: Kind, state, block: Block, is_reset, key):
     return state, as_int32(decisions.keep_score), pack(moments.now > 0), admit
 
 
-_plane_block = _jit(rank_planes)
+@functools.partial(_jit, static_argnums=0)
+def _plane_block(mesh: Mesh | None, score):
+    return on_mesh(mesh, rank_planes, (COLUMNS,), COLUMNS)(score)
 
 
-@functools.partial(_jit, static_argnames="how")
-def _select_block(resident: Words, seen: Words, tally: Tally, steps: Steps, slots, *, how: str):
-    return select_block(resident, seen, tally, steps, slots, how=how)
+@functools.partial(_jit, static_argnums=(0, 1))
+def _select_block(mesh: Mesh | None, how: str, resident, seen, tally, steps: Steps, slots):
+    run = functools.partial(select_block, how=how)
+    specs = (ROWS, ROWS, ROWS, Steps._make((COLUMNS, COLUMNS, COLUMNS, ALL, ALL)), ROWS)
+    return on_mesh(mesh, run, specs, (ROWS, ROWS, ROWS))(resident, seen, tally, steps, slots)
 
 
 def _keeps_state(decide, state, moment: Moment) -> bool:
@@ -194,6 +204,8 @@ def _own_block(kind: Kind, carry: _OwnCarry, tally: Tally, block: Block, marks, 
         )
     )
     run = jax.vmap(run, in_axes=(0, 0, _LANE_AXES, None, 0, 0))
+    specs = (ROWS, ROWS, _LANE_SPECS, ALL, ROWS, ROWS), (ROWS, ROWS)
+    run = on_mesh(kind.mesh, run, *specs)
     carry, tally = run(carry, split(tally), block, marks, split(slots), key)
     return carry, merge(tally)
 

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from moejax.errors import UsageError
 from moejax.simulate._blocks import BLOCK_STEPS, Stream, block_at
+from moejax.simulate._mesh import local_mesh
 from moejax.simulate._rank_blocks import Kind, per_capacity, shared
 from moejax.simulate._replay import MAX_DEPTH, Replay
 from moejax.simulate._select import Tally, no_tally
@@ -71,6 +74,7 @@ def ranks(
     *,
     topk: int,
     marks: Marks | None = None,
+    num_devices: int = 1,
 ) -> Counts:
     """Replays routing for every capacity at once.
 
@@ -82,10 +86,68 @@ def ranks(
       key: Consumed by the strategy, split by event; one a lane.
       topk: Experts one token demands.
       marks: Decode steps and resets of all lanes; all decode and none by default.
+      num_devices: Devices of this process that share the lanes, an equal number each, or the
+        capacities of a trace without lanes. No count depends on it.
 
     Returns:
       The counts.
+
+    Raises:
+      UsageError: There are not so many devices, or the lanes are no multiple of them.
     """
+    if num_devices > 1:
+        return _ranks_on_devices(strategy, replay, capacities, key, topk, marks, num_devices)
+    return _ranks(strategy, replay, capacities, key, topk, marks, None)
+
+
+def _ranks_on_devices(
+    strategy: Strategy, replay, capacities, key, topk: int, marks, num_devices: int
+) -> Counts:
+    mesh = local_mesh(num_devices)
+    if not isinstance(replay, Stream):
+        raise UsageError(
+            f"{num_devices} devices share streams, not tables of demand", "Use `stream`."
+        )
+    if replay.experts.ndim == 4:
+        num_lanes = replay.experts.shape[1]
+        if num_lanes % num_devices:
+            raise UsageError(
+                f"{num_lanes} lanes are no multiple of {num_devices} devices",
+                "Repeat some, or use a number of devices that divides them.",
+            )
+        return _ranks(strategy, replay, capacities, key, topk, marks, mesh)
+    # Every device sees the whole trace, and a share of the capacities.
+    num_capacities = np.shape(capacities)[-1]
+    rows = np.broadcast_to(capacities, (replay.experts.shape[1], num_capacities))
+    rows = np.pad(rows, ((0, 0), (0, -num_capacities % num_devices)), mode="edge")
+    shares = np.stack(np.split(rows, num_devices, axis=1))
+    lanes = Stream(
+        _repeated(replay.experts, num_devices),
+        replay.num_experts,
+        None if replay.coming is None else _repeated(replay.coming, num_devices),
+    )
+    keys = jnp.broadcast_to(key[None], (num_devices, *key.shape))
+    found = _ranks(strategy, lanes, shares, keys, topk, marks, mesh)
+    hits, forgiven, decode_hits = (
+        np.concatenate(list(cell), axis=-1)[..., :num_capacities] for cell in found[:3]
+    )
+    return Counts(hits, forgiven, decode_hits, found.num_demands[0], found.num_decode_demands[0])
+
+
+def _repeated(table: np.ndarray, number: int) -> np.ndarray:
+    """The same table in every lane, without a copy."""
+    return np.broadcast_to(table[:, None], (len(table), number, *table.shape[1:]))
+
+
+def _ranks(
+    strategy: Strategy,
+    replay: Replay | Stream,
+    capacities,
+    key,
+    topk: int,
+    marks: Marks | None,
+    mesh: Mesh | None,
+) -> Counts:
     table = replay.experts if isinstance(replay, Stream) else replay.demand
     num_steps, *lanes, num_layers, num_experts = table.shape
     if isinstance(replay, Stream):
@@ -93,7 +155,7 @@ def ranks(
     if marks is None:
         marks = Marks(np.ones(num_steps, bool), np.zeros(num_steps, bool))
     shape = CacheShape(num_layers, num_experts, topk, min(MAX_DEPTH, num_layers - 1))
-    kind = Kind(strategy, shape, isinstance(replay, Stream), bool(marks.is_reset.any()))
+    kind = Kind(strategy, shape, isinstance(replay, Stream), bool(marks.is_reset.any()), mesh)
     num_capacities = np.shape(capacities)[-1]
     slots = np.broadcast_to(capacities, (*lanes, num_layers, num_capacities))
     slots = slots.reshape(-1, num_capacities)

@@ -18,8 +18,8 @@ import numpy as np
 from moejax.bench import simulate_lanes
 from moejax.cards import load_hardware, load_model
 from moejax.cost import layer_clock
-from moejax.simulate import replay, spread_over
-from moejax.strategies import intelligent
+from moejax.simulate import Marks, ranks, replay, spread_over, stream
+from moejax.strategies import always_admit, fifo, intelligent, lru, oracle
 
 rng = np.random.default_rng(0)
 model = load_model("tiny-moe")
@@ -35,9 +35,25 @@ for count in (1, 2, 4):
     )
     leaves = [np.asarray(leaf) for record in records for leaf in jax.tree.leaves(record)]
     found[count] = [leaf.tobytes().hex() for leaf in leaves]
+alone, beside = stream(chosen[0], experts), stream(np.moveaxis(chosen[:4], 0, 1), experts)
+key, keys = jax.random.key(0), jax.random.split(jax.random.key(0), 4)
+marks = Marks(np.arange(12) > 2, np.arange(12) == 7)
+ranked = []
+for strategy in (lru(), oracle(), fifo(), always_admit(lru())):
+    for source, one in ((alone, key), (beside, keys)):
+        counts = [
+            ranks(strategy, source, np.arange(7), one, topk=topk, marks=marks, num_devices=count)
+            for count in (1, 2, 4)
+        ]
+        ranked += [
+            bool((a == b).all()) and a.shape == b.shape
+            for other in counts[1:]
+            for a, b in zip(counts[0], other, strict=True)
+        ]
 placed = spread_over(4)(np.arange(8))
 print(json.dumps({
     "is_same": [found[count] == found[1] for count in (2, 4)],
+    "ranks_same": ranked,
     "num_hits": int(sum(record.num_hits.sum() for record in records)),
     "num_devices": len(placed.sharding.device_set),
 }))
@@ -52,6 +68,7 @@ def test_no_bit_depends_on_the_number_of_devices():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["is_same"] == [True, True]
+    assert found["ranks_same"] == [True] * 80
     assert found["num_hits"] > 0
     assert found["num_devices"] == 4
 
