@@ -38,3 +38,17 @@ from ._requests import learn as learn
 from ._requests import open_requests as open_requests
 from ._run import SCHEMA as SCHEMA
 from ._run import run_bench as run_bench
+from ._shards import SWEEP_SCHEMA as SWEEP_SCHEMA
+from ._shards import describe_sweep as describe_sweep
+from ._shards import digest_of as digest_of
+from ._shards import finished as finished
+from ._shards import gather as gather
+from ._shards import num_finished as num_finished
+from ._shards import open_sweep as open_sweep
+from ._shards import write_shard as write_shard
+from ._sweep import Shard as Shard
+from ._sweep import SweepSettings as SweepSettings
+from ._sweep import check_sweep as check_sweep
+from ._sweep import run_shard as run_shard
+from ._sweep import scaled as scaled
+from ._sweep import shards_of as shards_of

@@ -15,7 +15,7 @@ from moejax.bench._requests import Requests, batch_lookahead, draw_run
 from moejax.cards import Hardware, ModelSpec
 from moejax.cost import LayerClock, layer_clock
 from moejax.simulate import Record, Replay, replay, spread_over, step_means, timeline
-from moejax.strategies import STRATEGIES, Profile, Strategy
+from moejax.strategies import STRATEGIES, Profile, Strategy, within_reach
 from moejax.trace import Trace, batch_trace
 
 MAX_LANES = 64
@@ -121,6 +121,7 @@ def simulate_lanes(
     *,
     seeds: Sequence[int],
     topk: int,
+    depths: Sequence[int] | None = None,
     num_devices: int = 1,
 ) -> list[Record]:
     """Replays many lanes of equal length on the timeline, compiled once.
@@ -132,6 +133,7 @@ def simulate_lanes(
       capacities: Slots of each lane and layer.
       seeds: Seed of the strategy in each lane.
       topk: Experts one token demands.
+      depths: How many layers ahead a prefetch may aim in each lane; None sets no limit.
       num_devices: Devices that share the lanes; no number depends on it.
 
     Returns:
@@ -141,12 +143,6 @@ def simulate_lanes(
       UsageError: There are not so many devices.
     """
     spread = spread_over(num_devices)
-
-    @jax.jit
-    @jax.vmap
-    def run(lane, clock, capacity, key):
-        return timeline(strategy, lane, clock, capacity, key, topk=topk)
-
     width = min(MAX_LANES, -(-len(lanes) // _NUM_THREADS))
     width += -width % num_devices
 
@@ -156,9 +152,14 @@ def simulate_lanes(
         batch = _stack([lanes[i] for i in chosen])
         clock = _stack([clocks[i] for i in chosen])
         keys = jax.vmap(jax.random.key)(jnp.asarray([seeds[i] for i in chosen], jnp.uint32))
-        return spread((batch, clock, capacities[chosen], keys))
+        depth = np.asarray([0 if depths is None else depths[i] for i in chosen], np.int32)
+        return spread((batch, clock, capacities[chosen], keys, depth))
 
-    compiled = run.lower(*arguments(0)).compile()
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        arguments(0),
+    )
+    compiled = _compile_lanes(strategy, topk, depths is not None, shapes)
 
     def simulate(start: int) -> list[Record]:
         record = jax.device_get(compiled(*arguments(start)))
@@ -168,6 +169,19 @@ def simulate_lanes(
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         groups = pool.map(simulate, range(0, len(lanes), width))
         return [record for group in groups for record in group]
+
+
+@functools.lru_cache(maxsize=32)
+def _compile_lanes(strategy: Strategy, topk: int, limits_depth: bool, shapes: tuple):
+    """The program of lanes of such shapes; the same strategy object is compiled once."""
+
+    @jax.jit
+    @jax.vmap
+    def run(lane, clock, capacity, key, depth):
+        limited = within_reach(strategy, depth) if limits_depth else strategy
+        return timeline(limited, lane, clock, capacity, key, topk=topk)
+
+    return run.lower(*shapes).compile()
 
 
 def summarise(

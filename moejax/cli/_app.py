@@ -16,6 +16,7 @@ from moejax.errors import BackendError, MoejaxError, UsageError
 
 from . import trace
 from ._options import EXIT_CODES
+from ._output import print_failure
 from ._settings import load_settings
 from .bench import bench
 from .env import env
@@ -24,10 +25,11 @@ from .fit import fit
 from .generate import generate
 from .report import report
 from .simulate import simulate
+from .sweep import sweep
 from .tune_cache import tune_cache
 from .validate import validate
 
-COMMANDS = (bench, tune_cache, report, simulate, estimate, generate, fit, validate, env)
+COMMANDS = (bench, tune_cache, report, simulate, sweep, estimate, generate, fit, validate, env)
 GROUPS = (trace.app,)
 
 _INTERRUPTED = 130
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("MOEJAX_DEBUG"):
             traceback.print_exc()
         failure = _as_failure(error)
-        _print_failure(failure)
+        print_failure(failure)
         return failure.exit_code
     return code if isinstance(code, int) else 0
 
@@ -207,12 +209,3 @@ def _is_backend_error(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")
-
-
-def _print_failure(failure: MoejaxError) -> None:
-    is_coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    error = typer.style("error", fg="red", bold=True) if is_coloured else "error"
-    hint = typer.style("hint", fg="cyan", bold=True) if is_coloured else "hint"
-    print(f"{error}: {failure.cause}", file=sys.stderr)
-    if failure.hint:
-        print(f"\n{hint}: {failure.hint}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Options that several commands share, and readers for the lists they take."""
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -166,6 +167,25 @@ def parse_ints(
     for number in numbers:
         if number < minimum or (maximum is not None and number > maximum):
             raise UsageError(f"{option}: {number} is out of range", cure)
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"{option}: {text!r} repeats a number", cure)
+    return numbers
+
+
+def parse_numbers(text: str, option: str) -> tuple[float, ...]:
+    """Reads a comma list of positive numbers, each once, in the order given.
+
+    Raises:
+      UsageError: The list is empty, or an item is no positive finite number or repeated.
+    """
+    cure = "Write positive numbers with commas: 0.5,1,2."
+    try:
+        numbers = tuple(float(item) for item in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option}: {text!r} is not a list of numbers", cure) from None
+    for number in numbers:
+        if not 0 < number < math.inf:
+            raise UsageError(f"{option}: {number:g} is out of range", cure)
     if len(set(numbers)) < len(numbers):
         raise UsageError(f"{option}: {text!r} repeats a number", cure)
     return numbers

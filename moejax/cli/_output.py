@@ -3,10 +3,14 @@
 import csv
 import enum
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import typer
+
+from moejax.errors import MoejaxError
 from moejax.units import format_bytes, format_ratio, format_seconds
 
 Record = Mapping[str, Any]
@@ -77,6 +81,16 @@ def emit(
         cells = [[_show(key, row.get(key)) for key in keys] for row in rows]
     print_grid = _print_markdown if output is OutputFormat.md else _print_table
     print_grid(headings, cells, is_text, title)
+
+
+def print_failure(failure: MoejaxError) -> None:
+    """Says on stderr what went wrong and what helps."""
+    is_coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    error = typer.style("error", fg="red", bold=True) if is_coloured else "error"
+    hint = typer.style("hint", fg="cyan", bold=True) if is_coloured else "hint"
+    print(f"{error}: {failure.cause}", file=sys.stderr)
+    if failure.hint:
+        print(f"\n{hint}: {failure.hint}", file=sys.stderr)
 
 
 def _keys(rows: Sequence[Record]) -> list[str]:

@@ -12,6 +12,7 @@ from moejax.simulate._prefetch import PrefetchSchedule as PrefetchSchedule
 from moejax.simulate._ranks import Counts as Counts
 from moejax.simulate._ranks import Marks as Marks
 from moejax.simulate._ranks import ranks as ranks
+from moejax.simulate._replay import MAX_DEPTH as MAX_DEPTH
 from moejax.simulate._replay import Replay as Replay
 from moejax.simulate._replay import replay as replay
 from moejax.simulate._sweep import by_target as by_target

@@ -38,6 +38,7 @@ from moejax.strategies._wrap import always_admit as always_admit
 from moejax.strategies._wrap import host_compute as host_compute
 from moejax.strategies._wrap import pinned as pinned
 from moejax.strategies._wrap import with_prefetch as with_prefetch
+from moejax.strategies._wrap import within_reach as within_reach
 
 
 class Kind(NamedTuple):

@@ -41,6 +41,22 @@ def with_prefetch(strategy: Strategy, predictor: Predictor) -> Strategy:
     )
 
 
+def within_reach(strategy: Strategy, depth: Int[Array, ""] | int) -> Strategy:
+    """Lets a strategy prefetch at most `depth` layers ahead; a number, so it may be mapped over."""
+
+    def step(state: Any, access: Access, key: PRNGKey | None) -> tuple[Any, Decision]:
+        state, decision = strategy.step(state, access, key)
+        probability = decision.prefetch_probability
+        if probability is not None:
+            is_near = jnp.arange(len(probability))[:, None] < depth
+            decision = decision._replace(
+                prefetch_probability=jnp.where(is_near, probability, jnp.zeros_like(probability))
+            )
+        return state, decision
+
+    return strategy._replace(step=step)
+
+
 class PinnedState(NamedTuple):
     """State of the wrapped strategy and the profile's hottest experts."""
 

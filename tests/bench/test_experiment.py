@@ -13,6 +13,7 @@ from moejax.bench import (
     learn,
     open_requests,
     run_grid,
+    scaled,
     simulate_lanes,
 )
 from moejax.cards import load_hardware, load_model
@@ -132,6 +133,39 @@ def test_a_grid_can_be_repeated_and_a_seed_changes_it(grid, requests):
     assert again == [record for record in grid if record["strategy"] == "lru"]
     others = run_grid(few, MODEL, HARDWARE, requests._replace(seed=1), learn(requests))
     assert [one["num_hits"] for one in others] != [one["num_hits"] for one in again]
+
+
+def test_a_strategy_is_compiled_once_for_all_lanes_scales_and_depths():
+    inner, traced = STRATEGIES["oracle"].make(None), []
+
+    def step(*arguments):
+        traced.append(1)
+        return inner.step(*arguments)
+
+    strategy = inner._replace(step=step)
+    lane = replay(batch_trace(make_trace(), 1, num_steps=12), NUM_EXPERTS)
+    clock = layer_clock(HARDWARE, MODEL, batch_size=1)
+    points = [(link, depth) for link in (0.25, 1.0) for depth in (0, 1, 2)]
+
+    def simulate():
+        return simulate_lanes(
+            strategy,
+            [lane] * len(points),
+            [scaled(clock, link, 1.0) for link, _ in points],
+            np.full((len(points), NUM_LAYERS), 5, np.int32),
+            seeds=[0] * len(points),
+            topk=TOPK,
+            depths=[depth for _, depth in points],
+        )
+
+    records = simulate()
+    num_traced = len(traced)
+    simulate()
+    assert len(traced) == num_traced
+    for (_, depth), record in zip(points, records, strict=True):
+        assert record.num_prefetches[..., depth:].sum() == 0
+    assert any(record.num_prefetches.sum() > 0 for record in records)
+    assert records[0].stall_s.sum() > records[3].stall_s.sum()
 
 
 def test_sequential_latency_is_the_sum_over_places(requests):

@@ -29,6 +29,7 @@ from moejax.strategies import (
     top_k,
     transitions,
     with_prefetch,
+    within_reach,
     worst,
 )
 from moejax.strategies._reuse import FEATURES
@@ -221,6 +222,19 @@ def test_wrapping_changes_only_what_it_says(accesses):
             np.testing.assert_array_equal(one.prefetch_probability, access.lookahead)
     strategy = lru()
     assert host_compute(strategy) == strategy._replace(computes_on_host=True)
+
+
+def test_nothing_is_prefetched_beyond_the_depth_that_is_given(accesses):
+    predictor = Predictor(
+        lambda shape: jnp.zeros(shape.num_layers),
+        lambda state, access: (state, jnp.ones_like(access.lookahead)),
+        reach=SHAPE.depth,
+    )
+    for depth in range(SHAPE.depth + 1):
+        _, decisions = play(within_reach(with_prefetch(lfu(), predictor), depth), accesses)
+        for decision in decisions[0]:
+            expected = (np.arange(SHAPE.depth) < depth) * NUM_EXPERTS
+            np.testing.assert_array_equal(decision.prefetch_probability.sum(-1), expected)
 
 
 def demands(sets: list[set[int]]) -> list[list[Access]]:
