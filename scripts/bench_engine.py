@@ -9,8 +9,12 @@ be had; the experts are put into pinned memory once. Run again with the same fil
 the time was up: what is there already is left out. Parts, what matters most first: `lru` at one
 request, what `foresight` hides, the `host` driven baseline and `transformers`, `batches`, the
 `rest` (contexts, a prompt, many steps, memory), all `strategies`, other `slots` and a pool, the
-model's own `router`, `sweeps` for the hardware profile, and the `check` of bits against a resident
-model, which a model of few layers can run.
+model's own `router`, `contrasts` of one number at a time and `sweeps` for the hardware profile.
+Two more run only by name: the `check` of bits against a resident model, which a model of few layers
+can run, and the `ladder`, every strategy at four capacities and three batch sizes on routing that
+no fit sees:
+
+    python scripts/bench_engine.py --out results.json --parts ladder --max-seconds 550
 """
 
 import argparse
@@ -32,9 +36,11 @@ from moejax.bench import (
     EngineCase,
     EngineSettings,
     Routing,
+    RoutingRecipe,
     describe_bench,
-    foreseeable_trace,
     make_cases,
+    make_profile,
+    make_routing,
     measure_contexts,
     measure_drift,
     measure_host_reads,
@@ -44,16 +50,15 @@ from moejax.bench import (
     open_bench,
     random_rig,
     run_cases,
-    trace_of_hit_ratio,
-    true_lookahead,
 )
 from moejax.cards import MODELS, models_dir, read_card
 from moejax.errors import BadFileError, MoejaxError
 from moejax.offload import Scope
 from moejax.qwen_moe import QwenMoeConfig, read_config, write_config
 from moejax.results import capture_environment, read_json, to_plain, write_json
-from moejax.strategies import STRATEGIES, Profile, learn_profile
-from moejax.trace import Trace
+from moejax.strategies import STRATEGIES
+from moejax.trace import TRACES
+from moejax.workloads import WORKLOADS
 
 SEED = 0
 FORESIGHT_RATIO = 0.95
@@ -65,7 +70,14 @@ CHECK_SLOTS = (4, 8, 16, 30, 60)
 CONTEXTS = (100, 2048, 8192)
 PROMPT_TOKENS = 2048
 DRIFT_STEPS, DRIFT_ENDS = 2000, 200
-PROFILE_TOKENS = 256
+# Different experts of an event where all hit, by the number of requests: what one of them takes.
+CONTRASTS = {4: (4, 8), 16: (4, 16)}
+# Of the ladder: shares of a layer's experts that have a slot, and timed steps by batch size.
+LADDER_SHARES = (0.5, 0.13, 0.27, 0.75)
+LADDER_STEPS = {1: 48, 4: 32, 16: 24}
+LADDER_WARMUP_STEPS = 8
+# Routing of the ladder is of another seed than all that the fit sees.
+LADDER_SEED = 1
 
 
 @dataclass
@@ -78,6 +90,7 @@ class Run:
     results: dict[str, Any]
     started_s: float
     routings: dict[tuple[str, int], Routing] = field(default_factory=dict)
+    recipes: dict[tuple[str, int], RoutingRecipe] = field(default_factory=dict)
 
     def left_s(self) -> float:
         """Seconds until everything is to have ended."""
@@ -87,8 +100,10 @@ class Run:
         """Writes the file anew."""
         write_json(self.options.out, self.results if results is None else results)
 
-    def measure(self, cases: Sequence[EngineCase]) -> None:
-        """Measures cases as long as there is time."""
+    def measure(
+        self, cases: Sequence[EngineCase], *, fit: bool = False, bench: EngineBench | None = None
+    ) -> None:
+        """Measures cases as long as there is time; `fit` says that the profile may see them."""
         prompts = np.random.default_rng(SEED).integers(0, self.config.vocab_size, (16, 16))
         done = [case_key(row) for row in self.results["engine"]]
         for case in cases:
@@ -98,17 +113,22 @@ class Run:
                 say(self, f"no time for {case.label()}")
                 return
             say(self, case.label())
+            num_before = len(self.results["engine"])
             try:
                 run_cases(
-                    self.bench,
+                    bench or self.bench,
                     [case],
                     self.results,
                     routings=self.routings,
                     prompts=prompts.tolist(),
-                    save=self.save,
+                    save=lambda _: None,
                 )
             except Exception as error:  # The other results count.
                 self.fail(case.label(), error)
+            for row in self.results["engine"][num_before:]:
+                recipe = self.recipes.get((case.routing, case.batch_size))
+                row |= {"fit": fit, "recipe": None if recipe is None else recipe._asdict()}
+            self.save()
 
     def once(self, name: str, measure: Callable[[], Any], expected_s: float) -> None:
         """Stores what `measure` returns, or why it does not, unless it is there already."""
@@ -136,40 +156,27 @@ class Run:
         self, slots: int, ratio: float, batch_size: int, distinct: int | None = None
     ) -> str:
         """The name of a routing of a hit ratio, made when it is first asked for."""
-        name = f"{100 * ratio:g} % hits of {slots} slots"
-        if (name, batch_size) not in self.routings:
-            config, settings = self.config, self.bench.settings
-            experts = trace_of_hit_ratio(
-                settings.num_all_steps,
-                len(config.moe_layers),
-                config.num_experts,
-                config.num_experts_per_tok,
-                batch_size,
-                slots,
-                ratio,
-                num_distinct=distinct,
-                seed=SEED,
-            )
-            self.routings[name, batch_size] = Routing(
-                name, experts, true_lookahead(experts, batch_size)
-            )
-        return name
+        num_steps = self.bench.settings.num_all_steps
+        recipe = RoutingRecipe(
+            "hit_ratio", num_steps, SEED, slots=slots, hit_ratio=ratio, num_distinct=distinct
+        )
+        return self.add(recipe, batch_size)
 
     def foreseeable(self, slots: int) -> str:
         """The name of the routing whose misses can be foreseen."""
-        name = f"foreseeable misses of {slots} slots"
-        config = self.config
-        experts = foreseeable_trace(
-            self.bench.settings.num_all_steps,
-            len(config.moe_layers),
-            config.num_experts,
-            config.num_experts_per_tok,
-            slots,
-            FORESIGHT_RATIO,
-            seed=SEED,
+        num_steps = self.bench.settings.num_all_steps
+        recipe = RoutingRecipe(
+            "foreseeable", num_steps, SEED, slots=slots, hit_ratio=FORESIGHT_RATIO
         )
-        self.routings[name, 1] = Routing(name, experts, true_lookahead(experts, 1))
-        return name
+        return self.add(recipe, 1)
+
+    def add(self, recipe: RoutingRecipe, batch_size: int) -> str:
+        """Makes the routing of a recipe once, and gives its name."""
+        key = (recipe.label(), batch_size)
+        if self.recipes.get(key) != recipe:
+            self.recipes[key] = recipe
+            self.routings[key] = make_routing(recipe, self.config, self.options.model, batch_size)
+        return key[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,6 +208,12 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{min(unknown)!r} is not one of {', '.join(PARTS)}")
         return text.split(",")
 
+    def strategies(text: str) -> list[str]:
+        unknown = set(text.split(",")) - set(STRATEGIES)
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{min(unknown)!r} is no strategy")
+        return text.split(",")
+
     parser = argparse.ArgumentParser(description="Measures the engine at full size.")
     parser.add_argument("--model", default="qwen1.5-moe-a2.7b", help="card or config.json")
     parser.add_argument("--layers", type=int, help="take only so many layers")
@@ -209,7 +222,8 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers-per-copy", type=int, help="layers that hide one expert's copy")
     parser.add_argument("--steps", type=int, default=64, help="that count in a case")
     parser.add_argument("--slots", type=int, default=8, help="of a layer, where a part takes one")
-    parser.add_argument("--parts", type=parts, default=[p for p in PARTS if p != "check"])
+    parser.add_argument("--parts", type=parts, default=[p for p in PARTS if p not in BY_NAME])
+    parser.add_argument("--strategies", type=strategies, default=list(STRATEGIES), help="of ladder")
     parser.add_argument("--max-seconds", type=float, default=540, help="start nothing after that")
     parser.add_argument("--case-seconds", type=float, default=15, help="that a case may take")
     parser.add_argument("--baseline-python", default=sys.executable, help="one that has torch")
@@ -258,7 +272,8 @@ def open_run(
     )
     rig = dataclasses.replace(rig, layers_per_copy=options.layers_per_copy)
     settings = EngineSettings(num_steps=options.steps, is_checked=False, seed=SEED)
-    bench = open_bench(rig, settings, draw_profile(config))
+    recipe = RoutingRecipe("hit_ratio", settings.num_all_steps, SEED)
+    bench = open_bench(rig, settings, make_profile(recipe, config, options.model))
     results = describe_bench(bench) if before is None else before
     # Every run that added to the file: the rates of a case are those of its own run.
     environment = to_plain(capture_environment(SEED))
@@ -268,33 +283,18 @@ def open_run(
     return Run(options, config, bench, results, started_s)
 
 
-def draw_profile(config: QwenMoeConfig) -> Profile:
-    """What strategies learn beforehand: nothing true of any case, but as much as of a trace."""
-    experts = trace_of_hit_ratio(
-        PROFILE_TOKENS,
-        len(config.moe_layers),
-        config.num_experts,
-        config.num_experts_per_tok,
-        batch_size=1,
-        slots=config.num_experts // 2,
-        hit_ratio=0.5,
-        seed=SEED + 1,
-    )
-    request_start = np.array([0, PROFILE_TOKENS])
-    return learn_profile(Trace(experts, config.num_experts, request_start))
-
-
 def measure_lru(run: Run) -> None:
     """Hit ratios of one request."""
     slots = run.options.slots
-    run.measure([case("lru", slots, run.routing(slots, ratio, 1)) for ratio in RATIOS])
+    cases = [case("lru", slots, run.routing(slots, ratio, 1)) for ratio in RATIOS]
+    run.measure(cases, fit=True)
 
 
 def measure_foresight(run: Run) -> None:
     """What a prefetch hides where it can know, beside the same without."""
     slots = run.options.slots
     name = run.foreseeable(slots)
-    run.measure([case(strategy, slots, name) for strategy in ("lru", "gate_look")])
+    run.measure([case(strategy, slots, name) for strategy in ("lru", "gate_look")], fit=True)
 
 
 def measure_batches(run: Run) -> None:
@@ -303,15 +303,69 @@ def measure_batches(run: Run) -> None:
         most = min(run.config.num_experts, size * run.config.num_experts_per_tok)
         slots, distinct = min(wanted[0], run.config.num_experts), min(wanted[1], most)
         names = [run.routing(slots, ratio, size, distinct) for ratio in wanted[2]]
-        run.measure([case("lru", slots, name, batch_size=size) for name in names])
+        run.measure([case("lru", slots, name, batch_size=size) for name in names], fit=True)
+
+
+def measure_contrasts(run: Run) -> None:
+    """Nothing missed and fewer experts at once, so that it can be told what one of them takes."""
+    for size, numbers in CONTRASTS.items():
+        slots = min(BATCHES[size][0], run.config.num_experts)
+        topk = run.config.num_experts_per_tok
+        names = [run.routing(slots, 1.0, size, max(n, topk)) for n in numbers if n <= slots]
+        run.measure([case("lru", slots, name, batch_size=size) for name in names], fit=True)
+
+
+def measure_ladder(run: Run) -> None:
+    """Every strategy at four capacities and three batch sizes, on routing like a model's own.
+
+    One engine with room for the most slots runs all capacities, so that only strategies and batch
+    sizes have to be compiled.
+    """
+    num_experts = run.config.num_experts
+    slots = [max(1, round(share * num_experts)) for share in LADDER_SHARES]
+    for size, num_steps in LADDER_STEPS.items():
+        recipe = ladder_recipe(run.options.model, LADDER_WARMUP_STEPS + num_steps)
+        name = run.add(recipe, size)
+        bench = EngineBench(
+            run.bench.rig,
+            dataclasses.replace(
+                run.bench.settings, num_steps=num_steps, num_warmup_steps=LADDER_WARMUP_STEPS
+            ),
+            make_profile(recipe, run.config, run.options.model),
+            run.bench.ceilings,
+            run.bench.sizes,
+            num_allocated=max(slots),
+        )
+        run.bench.let_go()
+        for strategy in run.options.strategies:
+            cases = [case(strategy, count, name, batch_size=size) for count in slots]
+            run.measure(cases, bench=bench)
+        bench.let_go()
+
+
+def ladder_recipe(model: str, num_steps: int) -> RoutingRecipe:
+    """Requests of a trace of this model, or of the workload that is made after it.
+
+    Raises:
+      BadFileError: There is neither.
+    """
+    if model in TRACES:
+        return RoutingRecipe("requests", num_steps, LADDER_SEED, source=model)
+    own = [name for name, workload in WORKLOADS.items() if workload.model == model]
+    if not own:
+        raise BadFileError(
+            f"no trace and no workload is of {model}", "Name a model that has one with --model."
+        )
+    return RoutingRecipe("requests", num_steps, LADDER_SEED, source=own[0])
 
 
 def measure_strategies(run: Run) -> None:
     """What each strategy costs where nothing is missed, and where nothing can be foreseen."""
     slots = run.options.slots
+    hits, misses = (run.routing(slots, ratio, 1) for ratio in (1.0, 0.9))
     for strategy in STRATEGIES:
-        names = [run.routing(slots, ratio, 1) for ratio in (1.0, 0.9)]
-        run.measure([case(strategy, slots, name) for name in names])
+        run.measure([case(strategy, slots, hits)], fit=True)
+        run.measure([case(strategy, slots, misses)])
 
 
 def measure_slots(run: Run) -> None:
@@ -469,9 +523,12 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "strategies": measure_strategies,
     "slots": measure_slots,
     "router": measure_router,
+    "contrasts": measure_contrasts,
     "sweeps": measure_sweeps,
     "check": measure_check,
+    "ladder": measure_ladder,
 }
+BY_NAME = ("check", "ladder")
 
 
 if __name__ == "__main__":

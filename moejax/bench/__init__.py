@@ -10,6 +10,9 @@ from ._engine_parts import measure_contexts as measure_contexts
 from ._engine_parts import measure_drift as measure_drift
 from ._engine_parts import measure_memory as measure_memory
 from ._engine_parts import measure_prefill as measure_prefill
+from ._engine_recipes import RoutingRecipe as RoutingRecipe
+from ._engine_recipes import make_profile as make_profile
+from ._engine_recipes import make_routing as make_routing
 from ._engine_rig import Rig as Rig
 from ._engine_rig import random_rig as random_rig
 from ._engine_run import ENGINE_SCHEMA as ENGINE_SCHEMA

@@ -72,6 +72,8 @@ class EngineBench:
       profile: What strategies may have learned beforehand.
       ceilings: Rates of this machine.
       sizes: Bytes that steps read.
+      num_allocated: Slots of a layer that every engine makes room for, so that one of a strategy
+        serves all smaller numbers and compiles once; None makes as many as the case has.
     """
 
     rig: Rig
@@ -79,6 +81,7 @@ class EngineBench:
     profile: Profile | None
     ceilings: Ceilings
     sizes: StepSizes
+    num_allocated: int | None = None
     _made: tuple[tuple[str, int, str], OffloadEngine] | None = None
     _strategies: dict[str, Strategy] = field(default_factory=dict)
     _transcripts: dict[tuple[int, str], Transcript] = field(default_factory=dict)
@@ -130,12 +133,15 @@ class EngineBench:
 
     def engine(self, case: EngineCase) -> OffloadEngine:
         """The engine of a case; that of another plan or strategy is let go before."""
-        key = (case.strategy, case.slots, case.scope)
+        slots = max(case.slots, self.num_allocated or 0)
+        key = (case.strategy, slots, case.scope)
         if self._made is None or self._made[0] != key:
             self.let_go()
-            plan = self.rig.even_plan(case.slots, case.scope)
+            plan = self.rig.even_plan(slots, case.scope)
             self._made = key, self.rig.engine(plan, self.strategy(case.strategy))
-        return self._made[1]
+        if slots == case.slots:
+            return self._made[1]
+        return self._made[1].with_plan(self.rig.even_plan(case.slots, case.scope))
 
     def let_go(self) -> None:
         """Gives back the device memory of the last engine."""
