@@ -76,7 +76,7 @@ def _layer_columns(
 ) -> dict[str, Array]:
     clock = _timeless(len(plan.slots))
     capacity = np.asarray(plan.slots, np.int32)
-    record = _run_timeline(strategy, lane, clock, capacity, topk, schedule)
+    record = run_timeline(strategy, lane, clock, capacity, topk, schedule)
     fetched_rows = num_rows * record.num_misses if schedule is None else record.num_fetched_rows
     return {
         "demands": record.num_demands,
@@ -89,7 +89,8 @@ def _layer_columns(
 
 
 @functools.partial(jax.jit, static_argnames=("strategy", "topk", "schedule"))
-def _run_timeline(strategy, lane, clock, capacity, topk, schedule):
+def run_timeline(strategy, lane, clock, capacity, topk, schedule):
+    """The timeline of one lane, compiled once for a strategy object and a shape."""
     return timeline(
         strategy, lane, clock, capacity, jax.random.key(0), topk=topk, schedule=schedule
     )
@@ -97,8 +98,8 @@ def _run_timeline(strategy, lane, clock, capacity, topk, schedule):
 
 def _timeless(num_layers: int) -> LayerClock:
     """A clock that stands still; by it no prefetch without a schedule can ever begin."""
-    per_layer = {"expert_read_s", "expert_token_s", "copy_s", "host_expert_s", "expert_bytes"}
-    sizes = {name: (num_layers,) if name in per_layer else () for name in LayerClock._fields}
+    of_all = {"attention_s", "shared_s", "step_fixed_s", "overlap_ratio"}
+    sizes = {name: () if name in of_all else (num_layers,) for name in LayerClock._fields}
     return LayerClock(**{name: jnp.zeros(size, jnp.float32) for name, size in sizes.items()})
 
 

@@ -28,6 +28,8 @@ CONSTANT_NAMES = (
     "host_read_bytes_per_s",
     "host_expert_fixed_s",
     "overlap_ratio",
+    "batched_layer_s",
+    "prefetch_overlap_ratio",
     "price_usd",
 )
 """Every constant a profile may state; what the cost model needs and finds missing it names."""
@@ -58,6 +60,24 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Uncertainty:
+    """How sure a fitted profile is; standard errors are those of its constants.
+
+    Attributes:
+      spread_ratio: Standard deviation of log(measured / predicted) over cases: what differs from
+        case to case and from run to run though the constants are right.
+      num_degrees: Degrees of freedom it was estimated with.
+      names: Fitted constants whose errors depend on each other; a strategy's is `layer_s.NAME`.
+      correlations: Between the logarithms of those, a row each.
+    """
+
+    spread_ratio: float
+    num_degrees: int
+    names: tuple[str, ...] = ()
+    correlations: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class Hardware:
     """What the cost model knows about one machine.
 
@@ -67,6 +87,9 @@ class Hardware:
       constants: Constants by name, in the order of the file; never changed.
       source: Where the profile as a whole comes from.
       note: What a reader must know before trusting it.
+      strategy_layer_s: What a strategy's program adds to every layer, by strategy; those that are
+        not named add nothing that could be told apart.
+      uncertainty: How sure the fit is; None where nobody knows, and then nothing has an interval.
     """
 
     name: str
@@ -74,6 +97,8 @@ class Hardware:
     constants: Mapping[str, Constant] = field(hash=False)
     source: str = ""
     note: str = ""
+    strategy_layer_s: Mapping[str, Constant] = field(default_factory=dict, hash=False)
+    uncertainty: Uncertainty | None = None
 
     def value(self, name: str) -> float:
         """The value of one constant, in its base unit.
@@ -116,7 +141,10 @@ def _read_hardware(fields: Mapping[str, Any], path: Path) -> Hardware:
     tables = fields.get("constants")
     if not isinstance(tables, dict) or not tables:
         raise BadFileError(f"{path} has no [constants.NAME] tables", _HINT)
-    constants = {name: _read_constant(name, table, path) for name, table in tables.items()}
+    constants = {name: _read_named(name, table, path) for name, table in tables.items()}
+    layers = fields.get("strategy_layer_s", {})
+    if not isinstance(layers, dict):
+        raise BadFileError(f"{path}: strategy_layer_s = {layers!r} is not a table", _HINT)
     texts = {key: fields.get(key, "") for key in ("name", "title", "source", "note")}
     for key, text in texts.items():
         if not isinstance(text, str):
@@ -125,15 +153,24 @@ def _read_hardware(fields: Mapping[str, Any], path: Path) -> Hardware:
         name=texts["name"] or path.stem,
         title=texts["title"] or texts["name"] or path.stem,
         constants=constants,
+        strategy_layer_s={
+            name: _read_constant(f"{path}: strategy_layer_s.{name}", name, table)
+            for name, table in layers.items()
+        },
+        uncertainty=_read_uncertainty(fields.get("uncertainty"), path),
         source=texts["source"],
         note=texts["note"],
     )
 
 
-def _read_constant(name: str, table: Any, path: Path) -> Constant:
+def _read_named(name: str, table: Any, path: Path) -> Constant:
     where = f"{path}: constants.{name}"
     if name not in CONSTANT_NAMES:
         raise BadFileError(f"{where} is not a known constant", f"Known: {_listed(CONSTANT_NAMES)}.")
+    return _read_constant(where, name, table)
+
+
+def _read_constant(where: str, name: str, table: Any) -> Constant:
     if not isinstance(table, dict):
         raise BadFileError(f"{where} is not a table", "State value, unit, kind and source.")
     for key in ("unit", "kind", "source"):
@@ -153,6 +190,30 @@ def _read_constant(name: str, table: Any, path: Path) -> Constant:
         if error < 0:
             raise BadFileError(f"{where}.standard_error = {error} must not be negative", _HINT)
     return Constant(value, table["unit"], table["kind"], error, table["source"])
+
+
+def _read_uncertainty(table: Any, path: Path) -> Uncertainty | None:
+    if table is None:
+        return None
+    where = f"{path}: uncertainty"
+    if not isinstance(table, dict):
+        raise BadFileError(f"{where} = {table!r} is not a table", _HINT)
+    spread = _number(table.get("spread_ratio"), f"{where}.spread_ratio")
+    num_degrees = _number(table.get("num_degrees"), f"{where}.num_degrees")
+    names, rows = table.get("names", []), table.get("correlations", [])
+    is_square = isinstance(names, list) and isinstance(rows, list) and len(rows) == len(names)
+    if not is_square or any(not isinstance(row, list) or len(row) != len(names) for row in rows):
+        raise BadFileError(f"{where}.correlations is not one row for each of names", _HINT)
+    if spread < 0 or num_degrees < 1:
+        raise BadFileError(
+            f"{where}: a spread of {spread} from {num_degrees} degrees of freedom is none", _HINT
+        )
+    correlations = tuple(
+        tuple(_number(value, f"{where}.correlations") for value in row) for row in rows
+    )
+    if any(abs(value) > 1 for row in correlations for value in row):
+        raise BadFileError(f"{where}.correlations exceed 1", _HINT)
+    return Uncertainty(spread, int(num_degrees), tuple(map(str, names)), correlations)
 
 
 def _number(value: Any, where: str) -> float:

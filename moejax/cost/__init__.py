@@ -9,6 +9,10 @@ from ._copy import copy_s as copy_s
 from ._copy import host_copy_s as host_copy_s
 from ._copy import host_expert_s as host_expert_s
 from ._copy import nvme_read_s as nvme_read_s
+from ._counted import StepCounts as StepCounts
+from ._counted import StepParts as StepParts
+from ._counted import counted_case as counted_case
+from ._counted import counted_step as counted_step
 from ._estimate import Estimate as Estimate
 from ._estimate import cliff_slots as cliff_slots
 from ._estimate import estimate as estimate
@@ -23,6 +27,9 @@ from ._fit_copy import fit_copy as fit_copy
 from ._fit_csv import CsvFit as CsvFit
 from ._fit_csv import fit_csv as fit_csv
 from ._fit_profile import fit_profile as fit_profile
+from ._fit_steps import CountedCase as CountedCase
+from ._fit_steps import StepFit as StepFit
+from ._fit_steps import fit_steps as fit_steps
 from ._fit_text import format_fit as format_fit
 from ._measurements import TransferRow as TransferRow
 from ._measurements import read_csv as read_csv
@@ -32,3 +39,8 @@ from ._parameters import from_hardware as from_hardware
 from ._profile_text import format_profile as format_profile
 from ._step import event_s as event_s
 from ._step import step_latency_s as step_latency_s
+from ._uncertainty import INTERVAL_RATIO as INTERVAL_RATIO
+from ._uncertainty import Samples as Samples
+from ._uncertainty import interval as interval
+from ._uncertainty import prediction_interval as prediction_interval
+from ._uncertainty import sample_parameters as sample_parameters

@@ -26,6 +26,8 @@ class CostParameters(NamedTuple):
       host_read_bytes_per_s: Rate at which the CPU streams the weights of an expert it computes.
       host_expert_fixed_s: Hand-off and launch of one expert on the CPU.
       overlap_ratio: Share of the shorter of copy and compute that hides behind the longer.
+      batched_layer_s: What a layer costs more for several requests than for one, beside bytes.
+      prefetch_overlap_ratio: Share of a prefetch's copy that hides behind the layers beside it.
     """
 
     vram_bytes_per_s: Scalar
@@ -44,12 +46,22 @@ class CostParameters(NamedTuple):
     host_read_bytes_per_s: Scalar
     host_expert_fixed_s: Scalar
     overlap_ratio: Scalar
+    batched_layer_s: Scalar = 0.0
+    prefetch_overlap_ratio: Scalar = 1.0
 
 
 def from_hardware(hardware: Hardware) -> CostParameters:
     """The constants of a hardware profile, without their units and sources.
 
     Raises:
-      BadFileError: The profile lacks a constant.
+      BadFileError: The profile lacks a constant that has no neutral value.
     """
-    return CostParameters(*(hardware.value(name) for name in CostParameters._fields))
+    neutral = CostParameters._field_defaults
+    return CostParameters(
+        *(
+            neutral[name]
+            if name in neutral and name not in hardware.constants
+            else hardware.value(name)
+            for name in CostParameters._fields
+        )
+    )

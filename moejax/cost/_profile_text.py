@@ -2,7 +2,7 @@
 
 import json
 
-from moejax.cards import Hardware
+from moejax.cards import Constant, Hardware, Uncertainty
 
 
 def format_profile(hardware: Hardware, *, header: str = "") -> str:
@@ -18,12 +18,36 @@ def format_profile(hardware: Hardware, *, header: str = "") -> str:
         if text:
             lines.append(f"{key} = {_quoted(text)}")
     for name, constant in hardware.constants.items():
-        lines += ["", f"[constants.{name}]", f"value = {_number(constant.value)}"]
-        lines += [f"unit = {_quoted(constant.unit)}", f"kind = {_quoted(constant.kind)}"]
-        if constant.standard_error is not None:
-            lines.append(f"standard_error = {_number(constant.standard_error)}")
-        lines.append(f"source = {_quoted(constant.source)}")
+        lines += _constant_lines(f"constants.{name}", constant)
+    for name, constant in hardware.strategy_layer_s.items():
+        lines += _constant_lines(f"strategy_layer_s.{name}", constant)
+    if hardware.uncertainty is not None:
+        lines += _uncertainty_lines(hardware.uncertainty)
     return "\n".join(lines) + "\n"
+
+
+def _constant_lines(table: str, constant: Constant) -> list[str]:
+    lines = ["", f"[{table}]", f"value = {_number(constant.value)}"]
+    lines += [f"unit = {_quoted(constant.unit)}", f"kind = {_quoted(constant.kind)}"]
+    if constant.standard_error is not None:
+        lines.append(f"standard_error = {_number(constant.standard_error)}")
+    return [*lines, f"source = {_quoted(constant.source)}"]
+
+
+def _uncertainty_lines(uncertainty: Uncertainty) -> list[str]:
+    rows = [
+        "  [" + ", ".join(f"{value:.6f}" for value in row) + "],"
+        for row in uncertainty.correlations
+    ]
+    return [
+        "",
+        "# Of log(measured / predicted) over cases; correlations are those of the constants' logs.",
+        "[uncertainty]",
+        f"spread_ratio = {_number(uncertainty.spread_ratio)}",
+        f"num_degrees = {uncertainty.num_degrees}",
+        f"names = [{', '.join(map(_quoted, uncertainty.names))}]",
+        *(["correlations = [", *rows, "]"] if rows else ["correlations = []"]),
+    ]
 
 
 def _quoted(text: str) -> str:

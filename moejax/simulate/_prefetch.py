@@ -85,6 +85,7 @@ class Wire(NamedTuple):
       late: The expert whose copy is not through though it is demanded, if there is one.
       dropped: The expert whose copy is given up, since its event does not demand it.
       busy_s: How long the link is busy before it can copy a miss.
+      shadow_ratio: Share of a copy that ran beside layers and is accounted for now.
       num_rows: Rows of it that this event accounts for.
       is_free: Whether the next prefetch may be issued after this event.
     """
@@ -92,6 +93,7 @@ class Wire(NamedTuple):
     late: Bool[Array, " experts"]
     dropped: Bool[Array, " experts"]
     busy_s: Float[Array, ""]
+    shadow_ratio: Float[Array, ""]
     num_rows: Int[Array, ""]
     is_free: Bool[Array, ""]
 
@@ -105,6 +107,7 @@ def wire_by_clock(cache: Cache, access: Access) -> Wire:
         late=(access.demand > 0) & on_wire,
         dropped=jnp.zeros_like(on_wire),
         busy_s=cache.busy_s,
+        shadow_ratio=jnp.zeros(()),
         num_rows=jnp.zeros((), jnp.int32),
         is_free=jnp.ones((), bool),
     )
@@ -122,12 +125,14 @@ def wire_by_schedule(
     late, dropped = unlanded & (access.demand > 0), unlanded & (access.demand == 0)
     num_copied = (num_events - 1) * schedule.rows_per_event + schedule.rows_before_demand
     num_copied = jnp.clip(num_copied, 0, schedule.num_rows)
-    rest_ratio = 1.0 - num_copied / schedule.num_rows
+    done_ratio = num_copied / schedule.num_rows
+    is_given_up = late.any() | dropped.any()
     is_whole = is_landing | late.any()
     return Wire(
         late=late,
         dropped=dropped,
-        busy_s=jnp.where(late.any(), rest_ratio * copy_s, 0.0),
+        busy_s=jnp.where(late.any(), (1.0 - done_ratio) * copy_s, 0.0),
+        shadow_ratio=jnp.where(is_given_up, done_ratio, jnp.where(is_landing, 1.0, 0.0)),
         num_rows=is_whole * schedule.num_rows + dropped.any() * num_copied,
         is_free=~is_issued | is_landing | is_due,
     )

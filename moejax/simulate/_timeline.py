@@ -12,7 +12,8 @@ so nothing loses precision however long the run. For each event:
    next demand is known, each only if the stall it is expected to save exceeds its price.
 
 With a `PrefetchSchedule` no clock decides what is prefetched and when it lands, and times follow:
-a prefetch that has landed costs nothing, a late one waits for the rows that are missing.
+a late one waits for the rows that are missing, and what was copied beside layers costs the share
+of its copy that they do not hide, at the event before which it landed.
 """
 
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Record(NamedTuple):
         of the layers ahead that made room for a prefetch.
       num_resident: Slots in use after the event.
       compute_s: Attention, shared and routed expert time.
-      stall_s: Waiting for the link that no compute hid.
+      stall_s: Waiting for the link that no compute hid, and what prefetches slow compute by.
     """
 
     num_demands: Int[Array, "*lanes steps layers"]
@@ -169,10 +170,11 @@ def _serve(
     resident_s = clock.shared_s + _compute_s(clock, layer, access.demand, hit)
     arrived_s = _compute_s(clock, layer, access.demand, late | fetched)
     hidden_s = clock.overlap_ratio * jnp.minimum(resident_s, wait_s)
+    shadow_s = wire.shadow_ratio * clock.shadow_copy_s[layer]
     compute_s = clock.attention_s + resident_s + arrived_s
     is_last = layer == shape.num_layers - 1
     pause_s = clock.attention_s + jnp.where(is_last, clock.step_fixed_s, 0.0)
-    gap_s = resident_s + arrived_s + wait_s - hidden_s + pause_s
+    gap_s = resident_s + arrived_s + wait_s - hidden_s + shadow_s + pause_s
 
     candidates = (fetched | resident) & ~wire.dropped
     if decision.admit is not None:
@@ -212,7 +214,7 @@ def _serve(
         num_wasted=jnp.append((fresh & ~demanded & ~kept).sum(), num_spoiled),
         num_resident=kept.sum(),
         compute_s=compute_s + jnp.where(is_last, clock.step_fixed_s, 0.0),
-        stall_s=wait_s - hidden_s,
+        stall_s=wait_s - hidden_s + shadow_s,
     )
     return cache, record
 

@@ -34,7 +34,8 @@ def test_every_field_is_float32_with_a_time_per_moe_layer():
     for name, leaf in CLOCK._asdict().items():
         assert leaf.dtype == jnp.float32, name
         assert leaf.shape in ((), (24,)), name
-        assert (np.asarray(leaf) > 0).all(), name
+        # This profile does not say that prefetches slow anything.
+        assert (np.asarray(leaf) > 0).all() == (name != "shadow_copy_s"), name
 
 
 def test_the_clock_adds_up_from_bytes_and_bandwidths():

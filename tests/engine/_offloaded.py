@@ -113,7 +113,16 @@ def check_counts(
     one = jnp.ones(lane.demand.shape[1], jnp.float32)
     number = jnp.float32(1)
     clock = LayerClock(
-        number, number, one, one, one, one, number, overlap_ratio=number, expert_bytes=one
+        attention_s=number,
+        shared_s=number,
+        expert_read_s=one,
+        expert_token_s=one,
+        copy_s=one,
+        host_expert_s=one,
+        step_fixed_s=number,
+        overlap_ratio=number,
+        shadow_copy_s=one,
+        expert_bytes=one,
     )
 
     def simulate(lane, slots):

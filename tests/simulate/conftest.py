@@ -54,6 +54,7 @@ def round_clock() -> Callable[..., LayerClock]:
             "host_expert_s": 4e-6 * one,
             "step_fixed_s": 7e-6,
             "overlap_ratio": 0.5,
+            "shadow_copy_s": 0.0 * one,
             "expert_bytes": 1e6 * one,
         } | fields
         return LayerClock(
