@@ -5,7 +5,8 @@
     python scripts/report_engine.py --take results.json --out reports/h200-engine
 
 The first makes report.md and the figures of results.json; the second takes a run of
-scripts/bench_engine.py before that, and what its part `check` found, also of fewer layers.
+scripts/bench_engine.py before that, and what its part `check` found, also of fewer layers. With a
+run, or with --ladder, every case is predicted and simulated and goes into the results as well.
 """
 
 import argparse
@@ -29,10 +30,11 @@ from engine_goals import (
     pairs_with_lru,
     unmet,
 )
+from engine_ladder import draw_ladder, ladder_section
 from matplotlib.figure import Figure
 
-from moejax.bench import machine_profile
-from moejax.cards import models_dir
+from moejax.bench import ladder, machine_profile, summarise_ladder
+from moejax.cards import Hardware, models_dir
 from moejax.cost import format_profile
 from moejax.errors import BadFileError, MoejaxError
 from moejax.report._palette import GRID, INK, LOOKS
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes the report on the engine.")
     parser.add_argument("--take", type=Path, metavar="FILE", help="a run of bench_engine.py")
     parser.add_argument("--checks", type=Path, metavar="FILE", help="a run of its part check")
+    parser.add_argument("--ladder", action="store_true", help="predict and simulate cases anew")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where results.json lies")
     options = parser.parse_args(argv)
     path = options.out / "results.json"
@@ -60,12 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = with_checks(results, read_run(options.checks))
         if not results["engine"]:
             raise BadFileError(f"{options.take or path} holds no case", "Measure some first.")
-        if options.take is not None or options.checks is not None:
-            write_json(path, results)
-        draw_steps(results, options.out / "figures")
         if "measured" in results:
             profile = machine_profile(results, command="scripts/bench_engine.py")
             write_text(options.out / "this-machine.toml", format_profile(profile))
+            if options.take is not None or options.ladder:
+                results = with_ladder(results, profile)
+        if options.take is not None or options.checks is not None or options.ladder:
+            write_json(path, results)
+        draw_steps(results, options.out / "figures")
+        figure = draw_ladder(results.get("ladder", ()))
+        if figure is not None:
+            _save(figure, options.out / "figures", "ladder")
         command = (
             COMMAND if options.out == FOLDER else f"{COMMAND} --out reports/{options.out.name}"
         )
@@ -107,6 +115,16 @@ def with_checks(results: Row, other: Row) -> Row:
             }
         records.append(record)
     return {**results, "engine": records, "checks": checks, "check_runs": other["runs"]}
+
+
+def with_ladder(results: Row, profile: Hardware) -> Row:
+    """The results with what the profile and the timeline say of every case."""
+
+    def tell(number: int, num_all: int, name: str) -> None:
+        print(f"simulating {number + 1} of {num_all}: {name}", file=sys.stderr)
+
+    rows = ladder(results, profile, progress=tell)
+    return {**results, "ladder": rows, "ladder_summary": summarise_ladder(rows)}
 
 
 def draw_steps(results: Row, folder: Path) -> None:
@@ -181,6 +199,7 @@ def page(results: Row, command: str = COMMAND) -> str:
         *_baseline_section(results),
         *_rest_section(results),
         *_check_section(results),
+        *ladder_section(results, _table),
         *_profile_section(results),
         "## Rates and runs",
         _runs_table(results),

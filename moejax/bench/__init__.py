@@ -6,6 +6,7 @@ from ._engine_ceilings import Ceilings as Ceilings
 from ._engine_ceilings import measure_ceilings as measure_ceilings
 from ._engine_ceilings import measure_host_reads as measure_host_reads
 from ._engine_counts import simulated_counts as simulated_counts
+from ._engine_fit import engine_fit as engine_fit
 from ._engine_parts import measure_contexts as measure_contexts
 from ._engine_parts import measure_drift as measure_drift
 from ._engine_parts import measure_memory as measure_memory
@@ -30,7 +31,9 @@ from ._grid import GridSettings as GridSettings
 from ._grid import run_grid as run_grid
 from ._grid import simulate_lanes as simulate_lanes
 from ._grid import summarise as summarise
-from ._machine_profile import engine_constants as engine_constants
+from ._ladder import PARTS as PARTS
+from ._ladder import ladder as ladder
+from ._ladder import summarise_ladder as summarise_ladder
 from ._machine_profile import machine_profile as machine_profile
 from ._measure import measure_machine as measure_machine
 from ._requests import Requests as Requests

@@ -26,7 +26,7 @@ from ._engine_case import (
 )
 from ._engine_ceilings import Ceilings, measure_ceilings
 from ._engine_check import Transcript, resident_transcript
-from ._engine_rig import Rig, StepSizes, step_sizes
+from ._engine_rig import Rig, StepSizes, prefetch_schedule, step_sizes
 from ._engine_steps import Routing
 
 ENGINE_SCHEMA = "moejax.bench-engine/1"
@@ -107,7 +107,12 @@ class EngineBench:
         record = case_record(
             case, timed, self.sizes, self.ceilings, num_warmup=settings.num_warmup_steps
         )
-        record |= {"kernels": engine.kernels, "device_bytes": engine.device_bytes}
+        schedule = prefetch_schedule(engine)
+        record |= {
+            "kernels": engine.kernels,
+            "device_bytes": engine.device_bytes,
+            "schedule": None if schedule is None else schedule._asdict(),
+        }
         if routing is not None:
             replayed = (routing, timed.steps)
             record |= check_counts(self.rig, engine, strategy, case.batch_size, replayed=replayed)

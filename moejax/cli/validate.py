@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moejax.errors import BadFileError, MoejaxError
+from moejax.errors import BadFileError, MoejaxError, UsageError
 
+from ._against import validate_against
 from ._options import OutputOption, SeedOption
 from ._output import OutputFormat, emit
 from ._outside import check_outside_numbers
@@ -28,6 +29,20 @@ def validate(
             show_default=False,
         ),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="RESULTS.json", help="A run of the engine to predict."),
+    ] = None,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            "--hardware", metavar="PROFILE", help="For --against; default: the one beside the run."
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.json", help="For --against: the run with its ladder."),
+    ] = None,
     seed: SeedOption = 0,
     output: OutputOption = OutputFormat.table,
 ) -> None:
@@ -39,8 +54,19 @@ def validate(
     fit did not see, and the default workload against published hit curves and statistics; any
     miss makes the exit code 1.
 
+    With --against: the ladder of an engine's run, each case as the profile predicts it with a 90 %
+    interval, as the timeline has it and as it was measured, beside two simpler laws; differing
+    counts make the exit code 1.
+
     Example: moejax validate gpt-oss.safetensors reports/first
     """
+    if against is not None:
+        if paths:
+            raise UsageError("--against with paths", "Check files in a command of its own.")
+        validate_against(against, hardware, out, output, seed)
+        return
+    if hardware or out is not None:
+        raise UsageError("--hardware or --out without --against", "Name a run of the engine.")
     if paths:
         records = [_check_path(path) for path in paths]
         emit(records, output, columns=("path", "kind", "ok", "checked", "problem"))
