@@ -120,6 +120,19 @@ def test_figures_of_the_engine_are_those_of_its_run():
     assert not [part for part in shown if part not in words]
 
 
+def test_figures_of_the_ladder_are_those_of_its_run():
+    summary, words = read_results("h100-engine")["ladder_summary"], " ".join(README.split())
+    ours, roofline = (summary["errors"][name] for name in ("predicted", "roofline"))
+    shown = (
+        f"Of the {summary['num_cases']} cases on the H100 that its fit did not see",
+        f"off by {100 * ours['median_ratio']:.1f} % in the median and "
+        f"{100 * ours['worst_ratio']:.1f} % at worst",
+        f"a roofline of the datasheet by {100 * roofline['median_ratio']:.1f} %",
+        f"intervals hold {100 * summary['coverage_ratio']:.1f} % of them",
+    )
+    assert not [part for part in shown if part not in words]
+
+
 def test_figures_of_the_small_model_are_those_of_its_report():
     pinned = read_results("small-models")["recording"]["small-moe"]["domains"]["pinned_0.5"]
     same, other = (pinned[f"{which}_domain_hit_ratio"] for which in ("same", "other"))

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from moejax.cards import Hardware, ModelSpec
     from moejax.simulate import HitCurve
     from moejax.trace import Trace
-    from moejax.tune import Objective, Plan
+    from moejax.tune import Certainty, Objective, Plan, TierProblem
 
 _SAMPLE_STEPS = 1024
 _MAX_STEPS = 4096
@@ -29,8 +29,11 @@ def make_plan(
     context_tokens: int = 512,
     include_dense: bool = False,
     seed: int = 0,
-) -> "Plan":
+) -> "tuple[Plan, Certainty | None]":
     """Tunes the tiers for a model, a machine and the routing of a trace.
+
+    Returns:
+      The plan, and how sure it is; None if the profile does not say.
 
     Raises:
       BadFileError: The trace is not this model's.
@@ -38,27 +41,44 @@ def make_plan(
     """
     from moejax.bench import check_shape
     from moejax.trace import statistics
-    from moejax.tune import tier_problem, tune
+    from moejax.tune import certainty, tier_problem, tune
 
     check_shape(routing, spec)
-    curve = _curve(routing, strategy, batch_size, seed)
-    problem = tier_problem(
+    recall_ratio = statistics(routing).next_layer_recall_ratio or 0.0
+
+    def problem_of(name: str) -> "TierProblem":
+        curve = _curve(routing, name, batch_size, seed)
+        return tier_problem(
+            hardware,
+            spec,
+            curve.hit_ratio_warm,
+            curve.num_demands / curve.num_steps,
+            budget_bytes=budget_bytes,
+            pinned_budget_bytes=pinned_budget_bytes,
+            host_budget_bytes=host_budget_bytes,
+            strategy=name,
+            batch_size=batch_size,
+            context_tokens=context_tokens,
+            expert_bytes=None if routing.expert_bytes is None else routing.expert_bytes.tolist(),
+            include_dense=include_dense,
+            recall_ratio=recall_ratio,
+            sample_misses=curve.step_misses,
+        )
+
+    problem = problem_of(strategy)
+    plan = tune(problem, objective=cast("Objective", objective), seed=seed)
+    if hardware.uncertainty is None:
+        return plan, None
+    return plan, certainty(
+        plan,
+        problem,
+        None if strategy == "lru" else problem_of("lru"),
         hardware,
         spec,
-        curve.hit_ratio_warm,
-        curve.num_demands / curve.num_steps,
-        budget_bytes=budget_bytes,
-        pinned_budget_bytes=pinned_budget_bytes,
-        host_budget_bytes=host_budget_bytes,
-        strategy=strategy,
         batch_size=batch_size,
         context_tokens=context_tokens,
-        expert_bytes=None if routing.expert_bytes is None else routing.expert_bytes.tolist(),
-        include_dense=include_dense,
-        recall_ratio=statistics(routing).next_layer_recall_ratio or 0.0,
-        sample_misses=curve.step_misses,
+        seed=seed,
     )
-    return tune(problem, objective=cast("Objective", objective), seed=seed)
 
 
 def _curve(trace: "Trace", strategy: str, batch_size: int, seed: int) -> "HitCurve":

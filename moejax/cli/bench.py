@@ -227,7 +227,9 @@ def bench(
         progress(0, 1, "tuning tiers")
         device_bytes = results["grid"][0]["capacity_bytes"]
         routing = recorded or open_routing(workload, seed)
-        plan = make_plan(routing, spec, machine, device_bytes, seed=seed) if device_bytes else None
+        plan = None
+        if device_bytes:
+            plan, _ = make_plan(routing, spec, machine, device_bytes, seed=seed)
     if measure:
         _fit_this_machine(folder, results)
     if plan is not None:

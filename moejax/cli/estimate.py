@@ -17,6 +17,7 @@ from ._options import (
     parse_size,
 )
 from ._output import OutputFormat, emit
+from ._progress import say
 
 
 def estimate(
@@ -64,6 +65,9 @@ def estimate(
         "active_params": spec.active_params,
         **bounds._asdict(),
     }
+    record |= cost.estimate_intervals(
+        profile, spec, batch_size=batch_size, context_tokens=context_tokens
+    )
     if budget:
         smallest_bytes = (
             bounds.smallest_dense_budget_bytes if include_dense else bounds.smallest_budget_bytes
@@ -72,6 +76,8 @@ def estimate(
         record["slots_per_layer"] = record["num_slots"] / spec.num_moe_layers
         record["warnings"] = _warnings(record["num_slots"], bounds.cliff_slots)
     emit(record, output)
+    if profile.uncertainty is None and output is OutputFormat.table:
+        say(f"the profile {profile.name} does not say how sure it is: there are no intervals")
 
 
 def _slots(budget_bytes: int, smallest_bytes: int, expert_bytes: int) -> dict[str, int]:

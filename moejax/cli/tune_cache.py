@@ -27,7 +27,7 @@ from ._tuning import DEFAULT_HOST, DEFAULT_PINNED, make_plan
 
 if TYPE_CHECKING:
     from moejax.cards import Hardware, ModelSpec
-    from moejax.tune import Plan
+    from moejax.tune import Certainty, Plan
 
 
 def tune_cache(
@@ -96,7 +96,7 @@ def tune_cache(
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
     routing = recorded or open_routing(workload or workload_of(spec), seed)
-    plan = make_plan(
+    plan, sure = make_plan(
         routing,
         spec,
         profile,
@@ -113,6 +113,10 @@ def tune_cache(
     if not include_dense:
         _warn_of_vram(budget_bytes, spec, profile)
     record = plan.to_json() | {
+        "latency_interval_s": None if sure is None else list(sure.latency_interval_s),
+        "beats_uniform_probability": None if sure is None else sure.beats_uniform_probability,
+        "beats_lru_probability": None if sure is None else sure.beats_lru_probability,
+        "ties": None if sure is None else list(sure.ties),
         "workload": routing.workload,
         "trace": str(trace) if trace is not None else None,
     }
@@ -122,8 +126,10 @@ def tune_cache(
     say(f"predicted with the profile {profile.name}: {profile.title}")
     if routing.workload:
         say(f"routing is synthetic: the workload {routing.workload!r}")
+    if sure is None:
+        say(f"the profile {profile.name} does not say how sure it is: there is no interval")
     if output is OutputFormat.table:
-        _show(plan, profile.title)
+        _show(plan, sure, profile.title)
     else:
         emit(record, output)
 
@@ -145,8 +151,10 @@ def _json_file(path: Path) -> Path:
     return path
 
 
-def _show(plan: "Plan", hardware: str) -> None:
+def _show(plan: "Plan", sure: "Certainty | None", hardware: str) -> None:
     """The plan for people: what to set, then what it buys."""
+    from moejax.tune import is_tie
+
     rows = [
         {
             "tier": tier.name,
@@ -170,10 +178,30 @@ def _show(plan: "Plan", hardware: str) -> None:
         "used of the budget": f"{format_bytes(plan.used_bytes)} of "
         f"{format_bytes(plan.budget_bytes)}",
     }
+    chances = _chances(plan, sure)
+    if sure is not None:
+        low_s, high_s = sure.latency_interval_s
+        interval = f"{format_seconds(low_s)} to {format_seconds(high_s)}"
+        lines["90 % interval of the step latency"] = interval
+    lines |= {f"chance to beat {name}": format_ratio(chance) for name, chance in chances.items()}
     for name, value in lines.items():
         print(f"{name:36} {value}")
+    for name, chance in chances.items():
+        if is_tie(chance):
+            print(f"note: a tie with {name}: either may be the faster one when measured.")
+        elif chance < 0.5:
+            print(f"note: {name} is faster.")
     for warning in plan.warnings:
         print(f"note: {warning}")
+
+
+def _chances(plan: "Plan", sure: "Certainty | None") -> dict[str, float]:
+    if sure is None:
+        return {}
+    chances = {"equal slots": sure.beats_uniform_probability}
+    if plan.strategy != "lru":
+        chances["lru with equal slots"] = sure.beats_lru_probability
+    return chances
 
 
 def _span(slots: tuple[int, ...]) -> str:

@@ -16,6 +16,7 @@ from ._counted import counted_step as counted_step
 from ._estimate import Estimate as Estimate
 from ._estimate import cliff_slots as cliff_slots
 from ._estimate import estimate as estimate
+from ._estimate import estimate_intervals as estimate_intervals
 from ._estimate import expected_distinct_experts as expected_distinct_experts
 from ._estimate import smallest_budget_bytes as smallest_budget_bytes
 from ._estimate import workspace_bytes as workspace_bytes

@@ -121,10 +121,11 @@ def traced_clock(
     stream_bytes_per_s = parameters.vram_bytes_per_s * parameters.kernel_efficiency_ratio
 
     def dense_s(num_bytes: int, num_flops: int) -> Scalar:
-        read_s = num_bytes / stream_bytes_per_s
-        return smooth_maximum(read_s, batch_size * num_flops / parameters.matmul_flops)
+        # Floats: large counts do not fit into the integers of a traced computation.
+        read_s = float(num_bytes) / stream_bytes_per_s
+        return smooth_maximum(read_s, batch_size * float(num_flops) / parameters.matmul_flops)
 
-    kv_bytes = batch_size * context_tokens * model.kv_bytes_per_token / model.num_layers
+    kv_bytes = batch_size * context_tokens * (float(model.kv_bytes_per_token) / model.num_layers)
     attention_s = (
         dense_s(model.attention_bytes, model.attention_flops)
         + kv_bytes / stream_bytes_per_s

@@ -1,14 +1,19 @@
 """What arithmetic alone says about a model on a machine, before any trace is replayed."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from moejax._types import Scalar
 from moejax.cards import Hardware, ModelSpec
 
-from ._clock import layer_clock
+from ._clock import LayerClock, clock_from_parameters, layer_clock
+from ._parameters import CostParameters
 from ._step import step_latency_s
+from ._uncertainty import prediction_interval
 
 # Largest live float32 activations of one token, in multiples of the hidden size; decode programs
 # measured on an H100 needed 0.6 MB for Qwen1.5-MoE, of which the logits are nearly all.
@@ -68,10 +73,9 @@ def estimate(
     """
     clock = layer_clock(hardware, model, batch_size=batch_size, context_tokens=context_tokens)
     distinct = expected_distinct_experts(model, batch_size)
-    num_experts = jnp.full((model.num_moe_layers,), distinct, jnp.float32)
-    num_tokens = jnp.full_like(num_experts, float(batch_size * model.num_experts_per_tok))
-    hit_s = float(step_latency_s(clock, num_experts, num_tokens, jnp.zeros_like(num_experts)))
-    miss_s = float(step_latency_s(clock, num_experts, num_tokens, num_experts * clock.copy_s))
+    hit_s, miss_s = (
+        float(_bound_s(clock, model, batch_size, miss_ratio)) for miss_ratio in (0.0, 1.0)
+    )
     all_miss_bytes = model.num_moe_layers * distinct * model.expert_bytes
     link_s = all_miss_bytes / hardware.value("pinned_h2d_bytes_per_s")
     return Estimate(
@@ -95,6 +99,34 @@ def estimate(
         ),
         cliff_slots=cliff_slots(model, batch_size),
     )
+
+
+def estimate_intervals(
+    hardware: Hardware, model: ModelSpec, *, batch_size: int = 1, context_tokens: int = 512
+) -> dict[str, tuple[float, float] | None]:
+    """What 90 % of measurements of both steps of `estimate` are to lie in.
+
+    Returns:
+      `all_hit_interval_s` and `all_miss_interval_s`; None if the profile does not say how sure it
+      is.
+
+    Raises:
+      UsageError: A count is out of range.
+      BadFileError: The profile lacks a constant.
+    """
+
+    def predicted_s(parameters: CostParameters, miss_ratio: float) -> Scalar:
+        clock = clock_from_parameters(
+            parameters, model, batch_size=batch_size, context_tokens=context_tokens
+        )
+        return _bound_s(clock, model, batch_size, miss_ratio)
+
+    return {
+        f"{name}_interval_s": prediction_interval(
+            hardware, functools.partial(predicted_s, miss_ratio=miss_ratio)
+        )
+        for name, miss_ratio in (("all_hit", 0.0), ("all_miss", 1.0))
+    }
 
 
 def expected_distinct_experts(model: ModelSpec, batch_size: int) -> float:
@@ -139,6 +171,16 @@ def smallest_budget_bytes(
 def workspace_bytes(model: ModelSpec, batch_size: int) -> int:
     """Device memory for float32 logits and activations of one decode step."""
     return 4 * batch_size * (model.vocab_size + _ACTIVATION_WIDTHS * model.hidden_size)
+
+
+def _bound_s(
+    clock: LayerClock, model: ModelSpec, batch_size: int, miss_ratio: float
+) -> Float[Array, ""]:
+    """A step of which every demanded expert hits (0) or misses (1)."""
+    distinct = expected_distinct_experts(model, batch_size)
+    num_experts = jnp.full((model.num_moe_layers,), distinct, jnp.float32)
+    num_tokens = jnp.full_like(num_experts, float(batch_size * model.num_experts_per_tok))
+    return step_latency_s(clock, num_experts, num_tokens, miss_ratio * num_experts * clock.copy_s)
 
 
 def _kv_bytes(model: ModelSpec, batch_size: int, context_tokens: int) -> int:

@@ -12,6 +12,7 @@ J)^-1 J^T. A parameter's standard error is its value times the root of its diago
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,11 +41,17 @@ class LogFit(NamedTuple):
       parameters: Fitted values.
       standard_errors: One per parameter, in its unit; infinite where the rows say nothing about it.
       error_ratios: predicted / observed - 1 of every row.
+      log_covariance: Of the logarithms of the parameters; zero along what the rows do not say.
+      spread_ratio: s, the standard deviation of log(predicted / observed).
+      num_degrees: n - k.
     """
 
     parameters: np.ndarray
     standard_errors: np.ndarray
     error_ratios: np.ndarray
+    log_covariance: np.ndarray
+    spread_ratio: float
+    num_degrees: int
 
 
 def fit_log_parameters(
@@ -106,6 +113,9 @@ def fit_log_parameters(
         parameters=parameters,
         standard_errors=parameters * np.sqrt(variances),
         error_ratios=np.expm1(residuals),
+        log_covariance=variance * np.linalg.pinv(jacobian.T @ jacobian),
+        spread_ratio=math.sqrt(variance),
+        num_degrees=num_rows - num_parameters,
     )
 
 

@@ -1,13 +1,16 @@
 """Fits of the copy law, with every third size held out and two baselines beside it."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Shaped
+from scipy import stats
 
 from moejax.errors import BadFileError
 
-from ._fit import fit_log_parameters
+from ._fit import LogFit, fit_log_parameters
+from ._uncertainty import INTERVAL_RATIO
 
 # Two parameters, their errors, and at least three sizes left after holding out every third.
 _MIN_SIZES_TO_HOLD_OUT = 5
@@ -23,6 +26,7 @@ class CopyFitRow(NamedTuple):
       is_held_out: Whether the fit did not see this size.
       roofline_s: Datasheet bandwidth, no latency.
       two_point_s: latency + bandwidth through the smallest and the largest training size.
+      interval_s: What 90 % of measurements of this size are to lie in, by the fit alone.
     """
 
     num_bytes: float
@@ -31,6 +35,7 @@ class CopyFitRow(NamedTuple):
     is_held_out: bool
     roofline_s: float
     two_point_s: float
+    interval_s: tuple[float, float]
 
     @property
     def error_ratio(self) -> float:
@@ -63,6 +68,15 @@ class CopyFit(NamedTuple):
     def held_out_error_ratios(self) -> np.ndarray:
         """Absolute relative errors at the sizes that the fit did not see."""
         return np.array([abs(row.error_ratio) for row in self.rows if row.is_held_out])
+
+    @property
+    def num_inside(self) -> int:
+        """Sizes that the fit did not see and whose measurement lies in its interval."""
+        return sum(
+            row.interval_s[0] <= row.observed_s <= row.interval_s[1]
+            for row in self.rows
+            if row.is_held_out
+        )
 
 
 def fit_copy(
@@ -105,11 +119,23 @@ def fit_copy(
             is_held_out=bool(held_out),
             roofline_s=float(size) / roofline_bytes_per_s,
             two_point_s=float(intercept_s + slope * size),
+            interval_s=_interval(fit, float(size)),
         )
         for size, seen_s, held_out in zip(sizes, observed_s, is_held_out, strict=True)
     )
     latency_error_s, rate_error = (float(error) for error in fit.standard_errors)
     return CopyFit(latency_s, bytes_per_s, latency_error_s, rate_error, rows)
+
+
+def _interval(fit: LogFit, num_bytes: float) -> tuple[float, float]:
+    latency_s, bytes_per_s = fit.parameters
+    predicted_s = latency_s + num_bytes / bytes_per_s
+    # Slopes of the logarithm of the law in the logarithms of its parameters.
+    slopes = np.array([latency_s, -num_bytes / bytes_per_s]) / predicted_s
+    variance = slopes @ fit.log_covariance @ slopes + fit.spread_ratio**2
+    tail = stats.t.ppf((1 + INTERVAL_RATIO) / 2, fit.num_degrees)
+    factor = math.exp(tail * math.sqrt(variance))
+    return float(predicted_s / factor), float(predicted_s * factor)
 
 
 def _copy_law(

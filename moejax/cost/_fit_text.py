@@ -64,7 +64,8 @@ def _held_out_table(copy: CopyFit) -> list[str]:
         errors = [abs(getattr(row, field) / row.observed_s - 1) for row in held_out]
         median, largest = statistics.median(errors), max(errors)
         lines.append(f"| {label} | {format_ratio(median)} | {format_ratio(largest)} |")
-    return lines
+    inside = f"{copy.num_inside} of {len(held_out)}"
+    return [*lines, "", f"The 90 % intervals of the fitted law hold {inside} held-out sizes."]
 
 
 def _check_table(fit: CsvFit) -> list[str]:

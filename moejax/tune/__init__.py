@@ -4,6 +4,9 @@
 a `Plan`.
 """
 
+from ._certainty import Certainty as Certainty
+from ._certainty import certainty as certainty
+from ._certainty import is_tie as is_tie
 from ._plan import OBJECTIVES as OBJECTIVES
 from ._plan import Plan as Plan
 from ._plan import TierPlan as TierPlan

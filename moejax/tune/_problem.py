@@ -177,6 +177,7 @@ def tier_problem(
         batch_size=batch_size,
         context_tokens=context_tokens,
         expert_bytes=sizes,
+        strategy=strategy,
     )
     parameters = from_hardware(hardware)
     num_tokens = jnp.full(num_layers, float(batch_size * model.num_experts_per_tok))

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from moejax import cli
+from moejax.cards import models_dir
 
 
 @pytest.fixture
@@ -90,3 +91,20 @@ def test_the_table_shows_units(estimate):
     assert code == 0
     assert "17.3 MB" in out
     assert "all miss tokens/s" in out
+
+
+def test_a_profile_that_says_how_sure_it_is_gives_intervals(estimate):
+    profile = models_dir().parent / "reports" / "h100-engine" / "this-machine.toml"
+    code, out, _ = estimate("--hardware", str(profile), "--batch-size", "4", "-o", "json")
+    record = json.loads(out)
+    assert code == 0
+    for name in ("all_hit", "all_miss"):
+        low_s, high_s = record[f"{name}_interval_s"]
+        assert low_s < record[f"{name}_step_s"] < high_s < 1.5 * low_s
+
+
+def test_another_profile_says_that_it_gives_none(estimate):
+    code, out, err = estimate("--hardware", "h200")
+    assert code == 0
+    assert "all hit interval" in out
+    assert "does not say how sure it is" in err

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moejax import cli
-from moejax.cards import load_hardware, load_model
+from moejax.cards import load_hardware, load_model, models_dir
 from moejax.trace import load_trace, save_trace
 
 from ._tiny import NUM_LAYERS, make_trace
@@ -101,7 +101,7 @@ def test_numbers_are_those_of_the_library(tune, trace):
     from moejax.cli._tuning import make_plan
 
     _, out, _ = tune("--budget", "2MB", "--trace", str(trace), "--objective", "bytes", "-o", "json")
-    plan = make_plan(
+    plan, _ = make_plan(
         load_trace(trace),
         load_model("tiny-moe"),
         load_hardware("rtx-3090"),
@@ -145,3 +145,30 @@ def test_flag_before_variable_before_file(tune, trace, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEJAX_TUNE_CACHE_BUDGET", "1MiB")
     assert budget_bytes() == 2**20
     assert budget_bytes("--budget", "3MB") == 3 * 10**6
+
+
+def test_a_plan_says_how_sure_it_is(tune):
+    """Where layers are alike, nobody can tell a plan from equal slots; lfu loses to lru."""
+    profile = models_dir().parent / "reports" / "h100-engine" / "this-machine.toml"
+    asked = ["--budget", "2GB", "--hardware", str(profile)]
+    code, out, _ = tune(*asked, "-o", "json")
+    plan = json.loads(out)
+    assert code == 0
+    low_s, high_s = plan["latency_interval_s"]
+    assert low_s < plan["step_latency_s"] < high_s
+    assert plan["beats_uniform_probability"] == plan["beats_lru_probability"]
+    assert plan["ties"] == ["uniform", "lru"]
+    code, out, _ = tune(*asked, "--strategy", "lfu", "--budget", "4GB")
+    assert code == 0
+    assert "note: a tie with equal slots" in out
+    assert "note: lru with equal slots is faster." in out
+
+
+def test_a_profile_that_does_not_say_gives_no_chances(tune):
+    code, out, err = tune("--budget", "0.1GB", "-o", "json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["latency_interval_s"] is None
+    assert plan["beats_lru_probability"] is None
+    assert plan["ties"] is None
+    assert "does not say how sure it is" in err
