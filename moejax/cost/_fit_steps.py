@@ -30,6 +30,10 @@ _USUAL_RATIO = 0.02
 _NUM_ERRORS = 2.0**0.5
 # A case that fixes a constant by itself says nothing of how well others are predicted.
 _MOST_OWN = 0.9
+# Logarithms less sure than this are not determined at all.
+_LARGEST_ERROR = 1.0
+# A constant that moves no prediction by more than this share of its own change is not seen.
+_LEAST_SLOPE = 1e-4
 _SMALLEST_S, _SMALLEST_RATIO = 1e-9, 1e-3
 
 
@@ -82,8 +86,8 @@ def fit_steps(
 ) -> StepFit:
     """Fits what the cases determine; `known` supplies everything else and where to start.
 
-    A constant at its bound, and the cost of a strategy that cannot be told from nothing, is left
-    out of the errors.
+    A constant at its bound, or not determined beside the others, has no error; the cost of a
+    strategy that cannot be told from nothing is left out.
 
     Args:
       cases: Measured cases.
@@ -171,9 +175,13 @@ def _fit(
         left, jacobian = np.asarray(residuals(found.x)), np.asarray(slopes(found.x))
     variance = float(left @ left) / num_degrees
     is_free = (found.x > low + 1e-2) & (found.x < high - 1e-3)
+    is_free &= np.linalg.norm(jacobian, axis=0) > _LEAST_SLOPE
+    covariance, errors = _covariance(jacobian, is_free, variance)
+    while errors.size and errors.max() > _LARGEST_ERROR:
+        # Two that only their sum tells apart: one stays where it is, and the other becomes sure.
+        is_free[np.flatnonzero(is_free)[errors.argmax()]] = False
+        covariance, errors = _covariance(jacobian, is_free, variance)
     free = jacobian[:, is_free]
-    covariance = variance * np.linalg.pinv(free.T @ free)
-    errors = np.sqrt(np.diag(covariance))
     own = np.einsum("ij,jk,ik->i", free, np.linalg.pinv(free.T @ free), free)
     is_judged = own < _MOST_OWN
     without = left[is_judged] / (1.0 - own[is_judged])
@@ -186,6 +194,15 @@ def _fit(
         spread_ratio=float(np.sqrt(np.mean(without**2))),
         num_degrees=num_degrees,
     )
+
+
+def _covariance(
+    jacobian: Float[np.ndarray, "cases unknowns"], is_free: np.ndarray, variance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the logarithms of the free unknowns, and their standard errors."""
+    free = jacobian[:, is_free]
+    covariance = variance * np.linalg.pinv(free.T @ free)
+    return covariance, np.sqrt(np.diag(covariance))
 
 
 def _residuals(cases, model, known, names, strategies):

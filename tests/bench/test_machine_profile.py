@@ -131,6 +131,16 @@ def test_constants_are_found_again_among_steps_that_wait(results):
     assert 0.003 < fit.uncertainty.spread_ratio < 0.02
 
 
+def test_a_constant_that_no_case_shows_has_no_error(results):
+    """On a CPU operations may bound the steps; here they do not."""
+    results["environment"]["backend"] = "cpu"
+    found = engine_fit(results, load_hardware("h100"))
+    assert found is not None
+    assert found[1].constants["matmul_flops"].standard_error is None
+    assert "matmul_flops" not in found[1].uncertainty.names
+    assert np.isfinite(found[1].uncertainty.correlations).all()
+
+
 def test_a_fit_needs_three_numbers_of_misses(results):
     results["engine"] = [row for row in results["engine"] if not any(row["steps"]["misses"])]
     assert engine_fit(results, None) is None
