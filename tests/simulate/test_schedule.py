@@ -257,6 +257,21 @@ def test_what_is_aimed_nearer_than_a_copy_takes_is_late_or_dropped(clock, run_ti
     np.testing.assert_array_equal(again.num_fetched_rows, wrong.num_fetched_rows)
 
 
+def test_what_is_copied_beside_layers_slows_them(clock, run_timeline):
+    """Never late, every prefetch costs its share once, at the event before which it landed."""
+    strategy, lane, schedule = BUILT["gate_look"], lane_of(TRACE), schedule_of(1)
+    slowed = clock._replace(shadow_copy_s=2e-6 + 0 * clock.copy_s)
+    free, found = (
+        run_timeline(strategy, lane, one, SLOTS, topk=TOPK, schedule=schedule)
+        for one in (clock, slowed)
+    )
+    np.testing.assert_array_equal(found.num_fetched_rows, free.num_fetched_rows)
+    num_landed = found.num_fetched_rows / schedule.num_rows - found.num_misses
+    assert num_landed.sum() > 0
+    np.testing.assert_allclose(found.stall_s - free.stall_s, 2e-6 * num_landed, atol=1e-9)
+    np.testing.assert_array_equal(found.compute_s, free.compute_s)
+
+
 def test_at_most_one_prefetch_is_under_way(clock, run_timeline):
     """None is issued before the last one has landed or its event has passed."""
     lane, schedule = lane_of(TRACE), schedule_of(3)
