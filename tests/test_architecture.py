@@ -29,6 +29,7 @@ FLOORS = {
     "cards": 1,
     "trace": 1,
     "results": 1,
+    "claims": 1,
     "strategies": 2,
     "workloads": 2,
     "cost": 2,
@@ -45,7 +46,9 @@ FLOORS = {
 # Within floor 0: errors know nothing, the others raise them.
 ALLOWED_SIDEWAYS = {("units", "errors"), ("tensors", "errors"), ("trace", "cards")}
 # These start fast and run where jax is absent or broken, at least until a function is called.
-WITHOUT_JAX = ("cards", "trace", "results", "units", "errors", "tensors", "report", "cli")
+WITHOUT_JAX = (
+    *("cards", "trace", "results", "claims", "units", "errors", "tensors", "report", "cli"),
+)
 MAX_LINES = 400
 
 

@@ -1,12 +1,11 @@
 """What figures and text are made from: a run, its summary and the reference study's claims."""
 
 import dataclasses
-import functools
-import json
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from moejax.claims import load_claims
 
 from ._run import BenchRun, read_run
 from ._summary import Cell, Summary, summarise
@@ -62,10 +61,3 @@ def load_data(folder: Path) -> ReportData:
     """
     run = read_run(folder)
     return ReportData(run, summarise(run), load_claims())
-
-
-@functools.cache
-def load_claims() -> Mapping[str, Any]:
-    """The figures that the reference study claims; they are audited, never used as results."""
-    text = resources.files("moejax.report").joinpath("claims.json").read_text(encoding="utf-8")
-    return json.loads(text)

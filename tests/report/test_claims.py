@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from moejax.claims import load_claims
 from moejax.report import audit, load_data
 from moejax.report._claims import QUANTITIES, audit_dispatch
-from moejax.report._data import load_claims
 
 from ._factory import results, write_run
 
