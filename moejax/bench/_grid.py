@@ -72,10 +72,7 @@ def run_grid(
     Returns:
       Records in the order strategy, batch size, run, batched before sequential.
     """
-    places, steps = max(settings.batch_sizes), _total_steps(settings)
-    draw = functools.partial(draw_run, requests, num_places=places, num_steps=steps)
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        draws = list(pool.map(draw, range(settings.num_runs)))
+    draws = draw_runs(requests, settings)
     records: dict[tuple, dict[str, Any]] = {}
     # Lanes of one length go together: all batch sizes when batched, each by itself in sequence.
     groups = [("batched", settings.batch_sizes)] if "batched" in settings.dispatches else []
@@ -84,13 +81,15 @@ def run_grid(
     num_done, num_all = 0, len(settings.strategies) * len(groups)
     for dispatch, sizes in groups:
         points = [(size, run) for size in sizes for run in range(settings.num_runs)]
-        lanes = [_lane(draws[run], size, dispatch, settings) for size, run in points]
-        clocks = [_clock(hardware, model, draws[0], size, dispatch, settings) for size, _ in points]
+        lanes = [make_lane(draws[run], size, dispatch, settings) for size, run in points]
+        clocks = [
+            make_clock(hardware, model, draws[0], size, dispatch, settings) for size, _ in points
+        ]
         for name in settings.strategies:
             strategy = STRATEGIES[name].make(profile)
             results = simulate_lanes(
                 strategy,
-                [_without_unread(lane, name) for lane in lanes],
+                [without_unread(lane, name) for lane in lanes],
                 clocks,
                 np.asarray([settings.slots] * len(points), np.int32),
                 seeds=[settings.seed + run for _, run in points],
@@ -111,6 +110,14 @@ def run_grid(
         for run in range(settings.num_runs)
         for dispatch in settings.dispatches
     ]
+
+
+def draw_runs(requests: Requests, settings: GridSettings) -> list[Trace]:
+    """The requests of every run, enough for its largest batch."""
+    places, steps = max(settings.batch_sizes), total_steps(settings)
+    draw = functools.partial(draw_run, requests, num_places=places, num_steps=steps)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return list(pool.map(draw, range(settings.num_runs)))
 
 
 def simulate_lanes(
@@ -223,12 +230,14 @@ def summarise(
     }
 
 
-def _total_steps(settings: GridSettings) -> int:
+def total_steps(settings: GridSettings) -> int:
+    """Steps that are simulated, counted or not."""
     return settings.num_steps + settings.num_warmup_steps
 
 
-def _lane(trace: Trace, batch_size: int, dispatch: str, settings: GridSettings) -> Replay:
-    num_steps = _total_steps(settings)
+def make_lane(trace: Trace, batch_size: int, dispatch: str, settings: GridSettings) -> Replay:
+    """The routing of one point of the grid; sequential ones play place after place."""
+    num_steps = total_steps(settings)
     experts = batch_trace(trace, batch_size, num_steps=num_steps)
     said = batch_lookahead(trace, batch_size, num_steps)
     if dispatch == "sequential":
@@ -247,7 +256,7 @@ def _one_place_after_another(batched: np.ndarray, batch_size: int) -> np.ndarray
     return alone.reshape(-1, *alone.shape[2:])
 
 
-def _without_unread(lane: Replay, name: str) -> Replay:
+def without_unread(lane: Replay, name: str) -> Replay:
     """Leaves out what a strategy does not read, so that it is not copied for every lane."""
     kind = STRATEGIES[name]
     return Replay(
@@ -257,7 +266,7 @@ def _without_unread(lane: Replay, name: str) -> Replay:
     )
 
 
-def _clock(
+def make_clock(
     hardware: Hardware,
     model: ModelSpec,
     trace: Trace,
@@ -265,6 +274,7 @@ def _clock(
     dispatch: str,
     settings: GridSettings,
 ) -> LayerClock:
+    """The times of one point of the grid; a sequential step serves one request."""
     return layer_clock(
         hardware,
         model,

@@ -7,6 +7,7 @@ from moejax.bench._curves import hit_curves
 from moejax.bench._grid import GridSettings, Progress, run_grid
 from moejax.bench._measure import measure_machine
 from moejax.bench._requests import learn, open_requests
+from moejax.bench.audit import run_audit
 from moejax.cards import Hardware, ModelSpec
 from moejax.results import capture_environment, to_plain
 from moejax.trace import Trace
@@ -26,6 +27,7 @@ def run_bench(
     measure: bool = True,
     quick: bool = False,
     num_devices: int = 1,
+    audit: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment and returns the contents of `results.json`.
@@ -39,6 +41,7 @@ def run_bench(
       measure: Whether to time copies and compute of this machine as well.
       quick: Whether to time fewer sizes.
       num_devices: Devices that share the experiment; no number depends on it.
+      audit: Whether to do the reference study's experiment as well and judge its claims.
       progress: Told after each part.
 
     Raises:
@@ -67,7 +70,7 @@ def run_bench(
         measured = measure_machine(quick=quick, seed=settings.seed, progress=progress)
     shown = requests.profile if requests.test is None else trace
     assert shown is not None
-    return {
+    results = {
         "schema": SCHEMA,
         "environment": to_plain(capture_environment(settings.seed)),
         "model": to_plain(model) | {"routed_bytes": model.routed_bytes},
@@ -90,3 +93,13 @@ def run_bench(
         "hit_curve": curves,
         "measured": measured,
     }
+    if audit:
+        results |= run_audit(
+            results,
+            model,
+            hardware,
+            num_runs=settings.num_runs,
+            seed=settings.seed,
+            progress=progress,
+        )
+    return results

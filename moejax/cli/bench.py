@@ -122,6 +122,12 @@ def bench(
             "--dispatch", help="Requests in lockstep, one after another, or both; default: batched."
         ),
     ] = None,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit/--no-audit", help="Do the reference study's experiment too; judge its claims."
+        ),
+    ] = False,
     engine: EngineOption = False,
     scopes: ScopesOption = None,
     num_steps: NumStepsOption = None,
@@ -179,6 +185,7 @@ def bench(
             "--budget": bool(budget),
             "--dispatch": dispatch is not None,
             "--devices": devices != 1,
+            "--audit": audit,
         }
         _refuse_simulated(simulated)
         folder = out or new_folder()
@@ -222,6 +229,7 @@ def bench(
             measure=measure,
             quick=quick,
             num_devices=devices,
+            audit=audit,
             progress=progress,
         )
         progress(0, 1, "tuning tiers")

@@ -197,3 +197,25 @@ def test_flag_before_variable_before_file(trace, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEJAX_BATCH_SIZES", "1,3")
     assert batch_sizes() == {1, 3}
     assert batch_sizes("--batch-sizes", "2") == {2}
+
+
+def test_an_audit_is_asked_for(tmp_path, trace, monkeypatch):
+    asked = []
+
+    def recorded(results, model, hardware, **options):
+        asked.append((len(results["grid"]), model.name, options["num_runs"], options["seed"]))
+        return {"study": {"grid": []}, "audit": [{"claim": "hardware"}]}
+
+    monkeypatch.setattr("moejax.bench._run.run_audit", recorded)
+    command = (
+        f"bench --trace {trace} --no-measure --quick --strategies lru --batch-sizes 1 --runs 2 "
+        f"--seed 4 --out {tmp_path}"
+    )
+    assert cli.main([*command.split(), "--audit"]) == 0
+    assert asked == [(2, "tiny-moe", 2, 4)]
+    assert json.loads((tmp_path / "results.json").read_text())["audit"] == [{"claim": "hardware"}]
+
+
+def test_an_engine_is_not_audited(capsys):
+    assert cli.main(["bench", "--engine", "--audit"]) == 2
+    assert "--audit has no meaning for a real engine" in capsys.readouterr().err
