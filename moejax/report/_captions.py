@@ -110,6 +110,36 @@ def _tiers(data: ReportData) -> str:
     )
 
 
+def _claims_budget(data: ReportData) -> str:
+    return (
+        "(a) Experts on the device by reading of the claims. (b) Hit ratio with so many slots in "
+        "every layer, and as claimed: the claimed memory gives the triangles."
+    )
+
+
+def _claims_oracle(data: ReportData) -> str:
+    return (
+        "Speedup over `on_demand` against the slots' memory, equal in every layer, and as claimed "
+        "(hollow). A prefetcher that keeps nothing can hide no more than the compute of a step: at "
+        "most 1 + compute / stall, the lower dashed line."
+    )
+
+
+def _claims_batch(data: ReportData) -> str:
+    return (
+        "(a) Latency at larger batches over that at batch 1: claimed (thin line), ours one request "
+        "after another (grey), ours in lockstep (strategies). (b) Throughput likewise, in "
+        "lockstep; the claimed latency and the claimed throughput exclude each other."
+    )
+
+
+def _claims_memory(data: ReportData) -> str:
+    return (
+        "Device memory for experts, log axis: as claimed, and with the slots that the claimed hit "
+        "rates take. What is left on a card is without dense weights, KV cache and workspace."
+    )
+
+
 def _has_oracle(data: ReportData) -> bool:
     return "oracle" in data.run.strategies
 
@@ -125,6 +155,14 @@ def _counted(data: ReportData) -> str:
 
 def _planned(data: ReportData) -> str:
     return "Predicted by the tuner (`moejax tune-cache`) from hit curves and the cost model."
+
+
+def _of_the_study(data: ReportData) -> str:
+    settings = {} if data.run.study is None else data.run.study.settings
+    return (
+        f"Simulated: profile `{settings.get('hardware')}`, the study's geometry, workload "
+        f"`{settings.get('workload')}` fitted to its claimed hit rates."
+    )
 
 
 _SHOWS: Mapping[str, Callable[[ReportData], str]] = MappingProxyType(
@@ -145,11 +183,22 @@ _SHOWS: Mapping[str, Callable[[ReportData], str]] = MappingProxyType(
         ),
         "pareto_efficiency": _pareto("Hit ratio against device memory at the smallest batch."),
         "tiers": _tiers,
+        "claims_budget": _claims_budget,
+        "claims_oracle": _claims_oracle,
+        "claims_batch": _claims_batch,
+        "claims_memory": _claims_memory,
     }
 )
 
 _RESTS_ON: Mapping[str, Callable[[ReportData], str]] = MappingProxyType(
-    {"hit_curve": _counted, "tiers": _planned}
+    {
+        "hit_curve": _counted,
+        "tiers": _planned,
+        "claims_budget": _of_the_study,
+        "claims_oracle": _of_the_study,
+        "claims_batch": _of_the_study,
+        "claims_memory": _of_the_study,
+    }
 )
 
 _TITLES = MappingProxyType(
@@ -167,5 +216,9 @@ _TITLES = MappingProxyType(
         "pareto_complexity": "Trade-off: speed and complexity",
         "pareto_efficiency": "Trade-off: hits and memory",
         "tiers": "Tier sizes per layer",
+        "claims_budget": "What the claimed memory really buys",
+        "claims_oracle": "The oracle and the limit of prefetch",
+        "claims_batch": "Batches: one after another, or in lockstep",
+        "claims_memory": "Memory of the claimed hit rates",
     }
 )

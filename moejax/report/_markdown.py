@@ -19,6 +19,7 @@ from ._numbers import (
     format_with_interval,
     markdown_table,
 )
+from ._study_text import study_section
 from ._summary import CONFIDENCE_RATIO, NUM_RESAMPLES
 from ._tables import (
     compute_table,
@@ -32,6 +33,7 @@ from ._tables import (
     transfer_table,
 )
 from ._wording import constants_by_kind, hardware_title, listed, num_runs, provenance
+from .figures import CLAIMS_FIGURES
 
 STUDY_MODEL = "reference-study"
 
@@ -51,12 +53,12 @@ def report_markdown(data: ReportData, drawn: Sequence[str], not_drawn: Mapping[s
         f"> {provenance(data)}",
         _how_to_read(data),
         "## Figures",
-        *(_figure(name, data) for name in drawn),
+        *(_figure(name, data) for name in drawn if name not in CLAIMS_FIGURES),
         _missing(not_drawn),
         "## Tables",
         *_tables(data),
-        "## The reference study's claims beside ours",
-        *_audit(data),
+        "## The study's claims",
+        *_audit(data, [_figure(name, data) for name in drawn if name in CLAIMS_FIGURES]),
         _measured(data),
         _method(data),
         _limits(data),
@@ -107,6 +109,8 @@ def _figure(name: str, data: ReportData) -> str:
 
 
 def _missing(not_drawn: Mapping[str, str]) -> str:
+    # The section on the claims says itself what an audit would add.
+    not_drawn = {name: why for name, why in not_drawn.items() if name not in CLAIMS_FIGURES}
     if not not_drawn:
         return ""
     lines = [f"- {title(name)}: {reason}." for name, reason in not_drawn.items()]
@@ -141,18 +145,23 @@ def _section(heading: str, make: Callable[[], str]) -> str:
         return ""
 
 
-def _audit(data: ReportData) -> list[str]:
-    rows = [_audit_row(row) for row in audit(data)]
-    header = ("quantity", "strategy", "claimed", "ours", "why they differ")
+def _audit(data: ReportData, figures: Sequence[str]) -> list[str]:
     conflicts = [
         f"- `{entry['id']}`: {entry['conflict']}" for entry in data.claims["known_conflicts"]
     ]
+    study = data.run.study
+    beside = _beside(data) if study is None else study_section(data, study, figures)
+    return [*beside, "Conflicts found in the claims:\n\n" + "\n".join(conflicts)]
+
+
+def _beside(data: ReportData) -> list[str]:
+    rows = [_audit_row(row) for row in audit(data)]
+    header = ("quantity", "strategy", "claimed", "ours", "why they differ")
     return [
         f"{_geometry(data)} Ours is {audit_dispatch(data)} dispatch at equal slots for every "
         "strategy. Claims are quoted to be audited; none of them entered a computation, except "
         "the complexity scores of one figure.",
         markdown_table(header, rows, words=("strategy", "why they differ")),
-        "Conflicts found in the claims:\n\n" + "\n".join(conflicts),
     ]
 
 
@@ -177,8 +186,8 @@ def _geometry(data: ReportData) -> str:
         f"{claimed['expert_mb']} MB each; this run is {model['name']} with "
         f"{_field(model, 'num_experts')} experts in {_field(model, 'num_moe_layers')} layers, "
         f"top-{_field(model, 'num_experts_per_tok')}, {format_bytes(model['expert_bytes'])} each. "
-        "That alone changes every number below; `moejax bench --model reference-study --workload "
-        "reference-study --dispatch both` compares like with like."
+        "That alone changes every number below; `moejax bench --audit` compares like with like and "
+        "judges every claim."
     )
 
 

@@ -10,6 +10,7 @@ from moejax.results import read_json
 
 from ._check import Checker
 from ._palette import STRATEGY_ORDER
+from ._study import Study, read_study
 
 SCHEMA = "moejax.bench/1"
 
@@ -103,6 +104,7 @@ class BenchRun:
       hit_curve: By strategy; empty when the run has none.
       measured: Timings of the machine that ran the bench: `transfer` and `compute` lists.
       tiers: Fastest first; empty when there is no plan.
+      study: The reference study's experiment and its audited claims; None without `--audit`.
     """
 
     environment: Mapping[str, Any]
@@ -115,6 +117,7 @@ class BenchRun:
     hit_curve: Mapping[str, HitCurve]
     measured: Mapping[str, Sequence[Mapping[str, Any]]]
     tiers: tuple[Tier, ...]
+    study: Study | None = None
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -175,6 +178,7 @@ def read_run(folder: Path) -> BenchRun:
         hit_curve=_hit_curves(check, content.get("hit_curve") or {}),
         measured=_measured(check, content.get("measured") or {}),
         tiers=_tiers(folder, content.get("tune")),
+        study=read_study(check, content.get("study"), content.get("audit")),
     )
 
 

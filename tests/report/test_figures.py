@@ -14,10 +14,12 @@ from moejax.report import FIGURES, ReportData, load_data
 from moejax.report._captions import caption, title
 from moejax.report._data import NotDrawnError
 from moejax.report._palette import look
-from moejax.report.figures import STYLE
+from moejax.report.figures import CLAIMS_FIGURES, STYLE
 from moejax.report.figures._canvas import spread_apart, time_unit
 
 from ._factory import STUDY, plan, results, write_run
+
+OF_THE_RUN = [name for name in FIGURES if name not in CLAIMS_FIGURES]
 
 
 def load(folder: Path, *, has_plan: bool = True, **options) -> ReportData:
@@ -49,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
     return load(tmp_path_factory.mktemp("run"), num_runs=3)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", OF_THE_RUN)
 def test_every_figure_is_drawn_with_units_and_names(name: str, whole: ReportData):
     figure = draw(name, whole)
     visible = [axes for axes in figure.axes if axes.get_visible()]
@@ -70,7 +72,7 @@ def test_every_figure_is_drawn_with_units_and_names(name: str, whole: ReportData
     assert title(name)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", OF_THE_RUN)
 def test_two_strategies_one_batch_one_run(name: str, tmp_path: Path):
     data = load(tmp_path, strategies=("oracle", "lru"), batch_sizes=(4,), num_runs=1)
     assert draw(name, data).axes

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from .._data import ReportData
 from ._canvas import STYLE as STYLE
+from ._claims import claims_batch, claims_budget, claims_memory, claims_oracle
 from ._hit_curve import hit_curve
 from ._hit_rate import hit_rate
 from ._latency import latency
@@ -34,5 +35,12 @@ FIGURES: Mapping[str, Callable[[ReportData], Figure]] = MappingProxyType(
         "pareto_complexity": pareto_complexity,
         "pareto_efficiency": pareto_efficiency,
         "tiers": tiers,
+        "claims_budget": claims_budget,
+        "claims_oracle": claims_oracle,
+        "claims_batch": claims_batch,
+        "claims_memory": claims_memory,
     }
 )
+
+CLAIMS_FIGURES = ("claims_budget", "claims_oracle", "claims_batch", "claims_memory")
+"""Those that stand beside the study's claims instead of among the others."""

@@ -133,7 +133,11 @@ def line_look(strategy: str, *, has_marker: bool = True) -> dict[str, Any]:
 
 def batch_axis(axes: Axes, data: ReportData) -> None:
     """A log2 axis with a tick at every batch size of the run and no other."""
-    sizes = data.run.batch_sizes
+    batch_ticks(axes, data.run.batch_sizes)
+
+
+def batch_ticks(axes: Axes, sizes: Sequence[int]) -> None:
+    """The same for given batch sizes."""
     axes.set_xscale("log", base=2)
     axes.set_xlim(sizes[0] / 2**0.35, sizes[-1] * 2**0.35)
     axes.xaxis.set_major_locator(FixedLocator(sizes))
