@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, Shaped, UInt8
 
 from moejax.simulate._replay import Moment, Replay
 from moejax.strategies import NEVER, CacheShape
+from moejax.trace import known_ids
 
 BLOCK_STEPS = 256
 
@@ -57,7 +58,7 @@ def stream(
     for block, start in enumerate(starts):
         # Behind the step after the block before, up to the step after this one. Backwards, so
         # that the first use of an expert is what stays.
-        ids = np.minimum(experts[start + 1 : start + BLOCK_STEPS + 1][::-1], num_experts)
+        ids = known_ids(experts[start + 1 : start + BLOCK_STEPS + 1][::-1], num_experts)
         ids = ids.reshape(len(ids), flat.size, width)
         steps = np.arange(start + len(ids), start, -1, dtype=np.int32)
         first[block, flat, ids] = np.broadcast_to(steps[:, None, None], ids.shape)

@@ -156,6 +156,8 @@ def _stack_distances(
 
     order, before = jax.lax.scan(use, order.astype(small), (demand, latest))
     before = before.reshape(-1, num_experts).T
+    # Cut off before they are narrowed: the largest id of 16 bits would become -1.
+    ids = jnp.minimum(ids.astype(jnp.int32), num_experts)
     names = ids.reshape(num_steps * num_layers, -1).T.astype(jnp.int16)
 
     def find(expert, mine):

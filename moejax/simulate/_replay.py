@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from moejax.strategies import NEVER, Access, CacheShape, Future
-from moejax.trace import demand_counts, next_use
+from moejax.trace import demand_counts, known_ids, next_use
 
 MAX_DEPTH = 3
 
@@ -57,7 +57,7 @@ def _ranked(
 ) -> UInt8[np.ndarray, "steps layers depth experts"]:
     """The highest rank any place gives each expert, in 255ths."""
     depth = lookahead.shape[1] - 1
-    named = np.minimum(lookahead[:, :, :depth], num_experts).astype(np.intp)
+    named = known_ids(lookahead[:, :, :depth], num_experts).astype(np.intp)
     *lanes, places, width = named.shape
     said = np.zeros((*lanes, num_experts + 1), np.uint8)
     # Worst ranks first, so that the best one an expert gets is what stays.

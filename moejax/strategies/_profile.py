@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moejax.errors import UsageError
-from moejax.trace import Trace
+from moejax.trace import Trace, known_ids
 
 _BLOCK_TOKENS = 2048
 
@@ -74,7 +74,7 @@ def count_profile(trace: Trace, *, depth: int = 4, max_tokens: int = 20_000) -> 
 
 def _one_hot(experts: np.ndarray, num_experts: int) -> Float[np.ndarray, "layers tokens experts"]:
     tokens, layers, _ = experts.shape
-    ids = np.minimum(experts, num_experts).astype(np.int64)
+    ids = known_ids(experts, num_experts).astype(np.int64)
     demand = np.zeros((layers, tokens, num_experts + 1), np.float32)
     np.put_along_axis(demand, ids.transpose(1, 0, 2), 1.0, axis=-1)
     return demand[..., :num_experts]

@@ -3,6 +3,7 @@
 from ._batch import batch_tokens as batch_tokens
 from ._batch import batch_trace as batch_trace
 from ._demand import demand_counts as demand_counts
+from ._demand import known_ids as known_ids
 from ._demand import next_use as next_use
 from ._file import load_trace as load_trace
 from ._file import save_trace as save_trace

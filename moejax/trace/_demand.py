@@ -27,7 +27,7 @@ def demand_counts(
         block = experts[start : start + rows]
         num_lists = block.shape[0] * layers
         # One cell more a list collects "no expert".
-        cell = np.minimum(block, num_experts).reshape(num_lists, -1).astype(np.int64)
+        cell = known_ids(block, num_experts).reshape(num_lists, -1).astype(np.int64)
         cell += np.arange(num_lists)[:, None] * (num_experts + 1)
         tally = np.bincount(cell.ravel(), minlength=num_lists * (num_experts + 1))
         tally = tally.reshape(block.shape[0], layers, num_experts + 1)[..., :num_experts]
@@ -38,6 +38,14 @@ def demand_counts(
             )
         counts[start : start + rows] = tally
     return counts
+
+
+def known_ids(experts: UInt[np.ndarray, "*axes"], num_experts: int) -> UInt[np.ndarray, "*axes"]:
+    """The same ids, but `num_experts` for all that name no expert.
+
+    Where all numbers of the type name experts, as 8 bits do of 256, none is left for that.
+    """
+    return np.minimum(experts, min(num_experts, np.iinfo(experts.dtype).max))
 
 
 def next_use(

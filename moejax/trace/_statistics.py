@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ._demand import known_ids
 from ._trace import Trace
 
 # Recall is a mean over tokens; more of them than this change its third digit at most.
@@ -158,7 +159,7 @@ def _recall(
 def _one_hot(experts: np.ndarray, num_experts: int) -> np.ndarray:
     """[tokens, experts] of 0 and 1; all 0 for a token that was not computed."""
     hot = np.zeros((experts.shape[0], num_experts + 1), np.float32)
-    hot[np.arange(experts.shape[0])[:, None], np.minimum(experts, num_experts)] = 1
+    hot[np.arange(experts.shape[0])[:, None], known_ids(experts, num_experts)] = 1
     return hot[:, :num_experts]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from moejax.cost import LayerClock
 from moejax.simulate import Record, timeline
+from moejax.trace import expert_dtype
 
 
 @pytest.fixture
@@ -17,14 +18,16 @@ def random_experts() -> Callable[..., np.ndarray]:
     """Makes `experts` [steps, layers, most] with `least` to `most` distinct ids an event.
 
     Popularity is skewed, and part of an event's ids are those of the layer above, so that there
-    is something to hit and something to predict. 255 fills sets that are not full.
+    is something to hit and something to predict. The largest number of the type fills sets that
+    are not full.
     """
 
     def make(seed, *, num_steps=150, num_layers=3, num_experts=12, least=0, most=5) -> np.ndarray:
         rng = np.random.default_rng(seed)
         weight = rng.dirichlet(np.full(num_experts, 0.7), num_layers) + 0.3 / num_experts
         weight /= weight.sum(-1, keepdims=True)
-        experts = np.full((num_steps, num_layers, most), 255, np.uint8)
+        kind = expert_dtype(num_experts)
+        experts = np.full((num_steps, num_layers, most), np.iinfo(kind).max, kind)
         above = np.arange(num_experts)
         for step in range(num_steps):
             for layer in range(num_layers):

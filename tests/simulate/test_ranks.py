@@ -161,6 +161,52 @@ def test_ranks_equal_plain_python(name, with_marks, random_experts):
     np.testing.assert_array_equal(counts.num_decode_demands, demand[marks.is_decode].sum((0, 2)))
 
 
+@pytest.mark.parametrize(
+    ("name", "num_experts"),
+    [("oracle", 256), ("lfu", 257), ("fifo", 300), ("lru", 512), ("oracle", 512)],
+)
+def test_wide_layers_equal_plain_python(name, num_experts, random_experts):
+    # More experts than 8 bits name, and more resident ones.
+    experts = random_experts(17, num_steps=30, num_layers=2, num_experts=num_experts, most=80)
+    demand = demand_counts(experts, num_experts) > 0
+    marks = Marks(np.ones(30, bool), np.zeros(30, bool))
+    slots = np.array([1, 60, 256, num_experts])
+    counts = ranks(STRATEGIES[name], stream(experts, num_experts), slots, KEY, topk=4)
+    for column, capacity in enumerate(slots):
+        expected = plain_counts(name, demand, [capacity] * 2, marks)
+        found = np.stack([part[:, column] for part in counts[:3]])
+        np.testing.assert_array_equal(found, expected, err_msg=f"{capacity} slots")
+
+
+@pytest.mark.parametrize("num_experts", [256, 257, 512])
+def test_stack_distances_of_wide_layers_equal_plain_python(num_experts, random_experts):
+    # Sets that are not full, so that the largest 16-bit number stands for no expert.
+    experts = random_experts(17, num_steps=30, num_layers=2, num_experts=num_experts, most=80)
+    demand = demand_counts(experts, num_experts) > 0
+    marks = Marks(np.ones(30, bool), np.zeros(30, bool))
+    curve = lru_hit_curve(experts, num_experts)
+    np.testing.assert_array_equal(curve.num_demands, demand.sum((0, 2)))
+    for capacity in (1, 60, 256, num_experts):
+        num_hits, num_forgiven, _ = plain_counts("lru", demand, [capacity] * 2, marks)
+        np.testing.assert_array_equal(curve.num_hits[:, capacity], num_hits)
+        np.testing.assert_array_equal(curve.num_forgiven[:, capacity], num_forgiven)
+
+
+def test_all_numbers_of_8_bits_may_name_experts(random_experts):
+    wide = random_experts(18, num_steps=40, num_layers=2, num_experts=256, least=9, most=9)
+    narrow = wide.astype(np.uint8)
+    for prepare in (replay, stream):
+        found, expected = (
+            ranks(oracle(), prepare(ids, 256), np.array([20, 200]), KEY, topk=4)
+            for ids in (narrow, wide)
+        )
+        np.testing.assert_array_equal(found.num_demands, 9 * 40)
+        np.testing.assert_array_equal(found.num_hits, expected.num_hits)
+    np.testing.assert_array_equal(
+        lru_hit_curve(narrow, 256).num_hits, lru_hit_curve(wide, 256).num_hits
+    )
+
+
 def transition_scores():
     """Keeps what tends to follow this demand: scores that read the demand and no past."""
     pairs = np.random.default_rng(8).integers(0, 9, (NUM_LAYERS, NUM_EXPERTS, NUM_EXPERTS))
