@@ -86,8 +86,7 @@ def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, k
         unseen = (jnp.zeros(len(slots), jnp.uint32),) * num_words
         state = _copies(kind.strategy.init(kind.shape), _num_lanes(block))
         carry = _SharedCarry(state, nothing, unseen)
-    scored = _scorer.submit(_score_block, kind, carry.state, block, marks.is_reset, key)
-    state, score, demand, admit = scored.result()
+    state, score, demand, admit = scored(kind, carry.state, block, marks.is_reset, key)
     planes = _ranker.submit(_plane_block, kind.mesh, score).result()
     is_reset = marks.is_reset if kind.resets else None
     steps = Steps(demand, planes, admit, marks.is_decode, is_reset)
@@ -100,6 +99,11 @@ def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, k
 def how_to_select() -> str:
     """Which way of `select_block` this platform is fast with."""
     return "kernel" if jax.default_backend() == "gpu" else "scan"
+
+
+def scored(kind: Kind, state, block: Block, is_reset, key):
+    """`_score_block` on a thread of its own."""
+    return _scorer.submit(_score_block, kind, state, block, is_reset, key).result()
 
 
 @functools.partial(_jit, static_argnums=0)
