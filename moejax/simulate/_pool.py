@@ -1,13 +1,16 @@
 """One cache shared by the experts of all layers, limited in slots or in bytes."""
 
+import functools
+
 import numpy as np
 from jaxtyping import Int
 
 from moejax._types import PRNGKey
 from moejax.simulate._blocks import BLOCK_STEPS, Stream, block_at
+from moejax.simulate._memory import num_passes
 from moejax.simulate._pool_blocks import Limits, serve_block, start_pools
 from moejax.simulate._rank_blocks import Kind
-from moejax.simulate._ranks import Counts, Marks, marks_between
+from moejax.simulate._ranks import Counts, Marks, marks_between, side_by_side
 from moejax.simulate._replay import MAX_DEPTH, Replay
 from moejax.strategies import CacheShape, Strategy
 
@@ -30,7 +33,7 @@ def pool(
 
     For every capacity an event costs O(experts), and an eviction O(layers + experts). Memory holds
     a block of steps and the residents, O(capacities x layers x experts), and does not grow with
-    the trace.
+    the trace; where not all capacities fit (`replay_bytes`), some are replayed at a time.
 
     Args:
       strategy: What scores; `Access.capacity` is the pool's, in units of `weight`.
@@ -43,6 +46,9 @@ def pool(
 
     Returns:
       The counts.
+
+    Raises:
+      BackendError: Not even one capacity fits in memory.
     """
     is_stream = isinstance(replay, Stream)
     table = replay.experts if is_stream else replay.demand
@@ -51,6 +57,11 @@ def pool(
     if marks is None:
         marks = Marks(np.ones(num_steps, bool), np.zeros(num_steps, bool))
     shape = CacheShape(num_layers, num_experts, topk, min(MAX_DEPTH, num_layers - 1))
+    num_parts = num_passes(strategy, shape, len(capacities), is_pool=True)
+    if num_parts > 1:
+        run = functools.partial(pool, topk=topk, weight=weight, marks=marks)
+        parts = np.array_split(capacities, num_parts)
+        return side_by_side([run(strategy, replay, part, key) for part in parts])
     weight = np.ones(num_layers) if weight is None else np.asarray(weight)
     limits = _in_32_bits(weight, np.asarray(capacities), num_experts)
     kind = Kind(strategy, shape, is_stream, bool(marks.is_reset.any()))

@@ -4,6 +4,8 @@ Time goes by in blocks, so memory does not depend on the length of the trace. Pr
 meaning without a clock: here every strategy fetches on demand alone, and `timeline` adds the rest.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from moejax.errors import UsageError
 from moejax.simulate._blocks import BLOCK_STEPS, Stream, block_at
+from moejax.simulate._memory import num_passes
 from moejax.simulate._mesh import local_mesh
 from moejax.simulate._rank_blocks import Kind, per_capacity, shared
 from moejax.simulate._replay import MAX_DEPTH, Replay
@@ -78,6 +81,9 @@ def ranks(
 ) -> Counts:
     """Replays routing for every capacity at once.
 
+    Where not all capacities fit in memory (`replay_bytes`), the trace is replayed for some of
+    them at a time.
+
     Args:
       strategy: What scores.
       replay: Demand step by step; of a `Stream`, a block of steps at a time is held, and lanes
@@ -94,6 +100,7 @@ def ranks(
 
     Raises:
       UsageError: There are not so many devices, or the lanes are no multiple of them.
+      BackendError: Not even one capacity fits in memory.
     """
     if num_devices > 1:
         return _ranks_on_devices(strategy, replay, capacities, key, topk, marks, num_devices)
@@ -157,6 +164,18 @@ def _ranks(
     shape = CacheShape(num_layers, num_experts, topk, min(MAX_DEPTH, num_layers - 1))
     kind = Kind(strategy, shape, isinstance(replay, Stream), bool(marks.is_reset.any()), mesh)
     num_capacities = np.shape(capacities)[-1]
+    num_parts = num_passes(
+        strategy,
+        shape,
+        num_capacities,
+        num_lanes=math.prod(lanes),
+        num_devices=1 if mesh is None else mesh.size,
+    )
+    if num_parts > 1:
+        parts = np.array_split(capacities, num_parts, axis=-1)
+        return side_by_side(
+            [_ranks(strategy, replay, part, key, topk, marks, mesh) for part in parts]
+        )
     slots = np.broadcast_to(capacities, (*lanes, num_layers, num_capacities))
     slots = slots.reshape(-1, num_capacities)
     if not strategy.reads_cache and num_capacities > _VECTOR:
@@ -182,6 +201,12 @@ def _ranks(
     cells = [cell[:, :num_capacities] for cell in cells]
     found = (*cells, num_demands, num_decode_demands)
     return Counts(*(part.reshape(*lanes, num_layers, *part.shape[1:]) for part in found))
+
+
+def side_by_side(parts: Sequence[Counts]) -> Counts:
+    """The counts of all capacities, from those of some capacities each."""
+    cells = (np.concatenate(cells, axis=-1) for cells in zip(*(p[:3] for p in parts), strict=True))
+    return Counts(*cells, *parts[0][3:])
 
 
 def marks_between(marks: Marks, start: int, stop: int) -> Marks:
