@@ -38,14 +38,26 @@ def ladder_section(results: Row, table: Table) -> list[str]:
         "measured is the median. A step is predicted for the mean counts of the half of the steps "
         "nearest to the median.",
         table(("law", "median error", "worst error"), _law_cells(summary), "lrr"),
-        f"Counts of {summary['num_counts_equal']} of {summary['num_counted']} cases equal the "
-        f"simulator's. {_coverage(summary)}",
+        f"{_counts(results, summary)} {_coverage(summary)}",
         "![What predicted steps and their parts are off by](figures/ladder.png)",
         "*Cases that the fit did not see; bars are 90 % intervals, which are to cross the line. "
         "([SVG](figures/ladder.svg))*",
         *_parts(summary, table),
         table(head, [_row_cells(row) for row in rows], "lrrlcrrrrrc"),
     ]
+
+
+def _counts(results: Row, summary: Row) -> str:
+    """What was compared on the spot, and what could be made again here."""
+    checked = [row["simulator_counts_equal"] for row in results["engine"]]
+    checked = [is_equal for is_equal in checked if is_equal is not None]
+    return (
+        f"Where it was measured, {sum(checked)} of {len(checked)} cases counted event by event "
+        "what the simulator counts on the routing they replayed. "
+        f"{summary['num_counts_equal']} of {summary['num_counted']} do so on the routing as it is "
+        "made again here for the timeline: a workload's routing that was drawn on a GPU is not, "
+        "choice by choice, the one drawn on a CPU."
+    )
 
 
 def draw_ladder(rows: Sequence[Row]) -> Figure | None:
