@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import jax
@@ -74,14 +75,17 @@ def latent_router(workload: Workload) -> Callable[[int, int, int], Routing]:
         random = np.random.default_rng((workload.model_seed, seed, request))
         token_ids = np.searchsorted(cumulative, cumulative[-1] * random.random(num_tokens))
         shape = (3, num_tokens, workload.num_layers, _HIDDEN_SIZE)
-        experts, weights, lookahead = _route_request(
-            parameters,
-            model.routers,
-            model.biases,
-            random.standard_normal(shape, np.float32),
-            model.embeddings[token_ids],
-            topk=workload.num_experts_per_tok,
-        )
+        # On a CPU wherever JAX has one: an accelerator rounds otherwise, and a seed would name
+        # other routing there.
+        with _on_cpu():
+            experts, weights, lookahead = _route_request(
+                parameters,
+                model.routers,
+                model.biases,
+                random.standard_normal(shape, np.float32),
+                model.embeddings[token_ids],
+                topk=workload.num_experts_per_tok,
+            )
         return Routing(
             np.asarray(experts).astype(dtype),
             np.asarray(weights).astype(np.float16),
@@ -91,6 +95,14 @@ def latent_router(workload: Workload) -> Callable[[int, int, int], Routing]:
         )
 
     return route
+
+
+def _on_cpu() -> AbstractContextManager:
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        # JAX_PLATFORMS may leave the CPU out.
+        return nullcontext()
 
 
 def _draw_model(workload: Workload, parameters: LatentParameters) -> LatentModel:

@@ -3,13 +3,14 @@
 import dataclasses
 from types import MappingProxyType
 
+import jax
 import numpy as np
 import pytest
 
 from moejax.cards import load_model
 from moejax.errors import BadFileError, UsageError
 from moejax.trace import validate_trace
-from moejax.workloads import WORKLOADS, default_workload, make_trace, read_workload
+from moejax.workloads import WORKLOADS, _latent, default_workload, make_trace, read_workload
 
 NUM_TOKENS = 24
 
@@ -80,6 +81,18 @@ def test_seed_decides_the_requests(drawn):
     np.testing.assert_array_equal(again.lookahead, trace.lookahead)
     np.testing.assert_array_equal(longer.experts[: 2 * NUM_TOKENS], trace.experts)
     assert not np.array_equal(trace.experts[:NUM_TOKENS], trace.experts[NUM_TOKENS:])
+
+
+def test_routing_is_drawn_on_a_cpu_whatever_the_default_device(monkeypatch):
+    inner, devices = _latent._route_request, []
+
+    def route(*arguments, **options):
+        devices.append(jax.config.jax_default_device)
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(_latent, "_route_request", route)
+    make_trace(WORKLOADS[default_workload], num_requests=1, tokens_per_request=4, seed=0)
+    assert devices == [jax.local_devices(backend="cpu")[0]]
 
 
 def test_lookahead_knows_more_the_nearer_the_layer():
