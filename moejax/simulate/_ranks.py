@@ -135,10 +135,11 @@ def _ranks_on_devices(
     )
     keys = jnp.broadcast_to(key[None], (num_devices, *key.shape))
     found = _ranks(strategy, lanes, shares, keys, topk, marks, mesh)
-    hits, forgiven, decode_hits = (
-        np.concatenate(list(cell), axis=-1)[..., :num_capacities] for cell in found[:3]
+    *cells, num_demands, num_decode_demands = side_by_side(
+        [Counts(*share) for share in zip(*found, strict=True)]
     )
-    return Counts(hits, forgiven, decode_hits, found.num_demands[0], found.num_decode_demands[0])
+    hits, forgiven, decode_hits = (cell[:, :num_capacities] for cell in cells)
+    return Counts(hits, forgiven, decode_hits, num_demands, num_decode_demands)
 
 
 def _repeated(table: np.ndarray, number: int) -> np.ndarray:
