@@ -5,11 +5,16 @@ import re
 import shlex
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from moejax.cli import main
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import engine_goals
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -120,15 +125,40 @@ def test_figures_of_the_engine_are_those_of_its_run():
     assert not [part for part in shown if part not in words]
 
 
-def test_figures_of_the_ladder_are_those_of_its_run():
-    summary, words = read_results("h100-engine")["ladder_summary"], " ".join(README.split())
-    ours, roofline = (summary["errors"][name] for name in ("predicted", "roofline"))
+def test_figures_of_strategies_and_goals_are_those_of_the_run_of_the_engine():
+    results, words = read_results("h100-engine"), " ".join(README.split())
+    alone = [r for r in results["engine"] if (r["slots"], r["batch_size"]) == (8, 1)]
+    alone = [r for r in alone if r["scope"] == "layer" and r["routing"] == "100 % hits of 8 slots"]
+    all_hits = {r["strategy"]: r["step_s"]["median"] for r in alone}
+    theirs = [b for b in results["baselines"] if b["system"] == "transformers"]
+    resident_s = min(b["step_s"]["median"] for b in theirs)
+    slower = ", ".join(
+        f"{100 * (all_hits[name] / all_hits['lru'] - 1):.0f} % (`{name}`)"
+        for name in ("intelligent", "multi_look", "gate_look")
+    )
+    pairs = engine_goals.pairs_of_foresight(results)
+    hidden = max(base["step_s"]["median"] / row["step_s"]["median"] for row, base in pairs)
+    found = engine_goals.goals(results)
     shown = (
-        f"Of the {summary['num_cases']} cases on the H100 that its fit did not see",
+        f"{resident_s / all_hits['lru']:.0f} times as fast as transformers with every expert",
+        f"costs a decode step without misses more than `lru`: {slower}",
+        f"{hidden:.2f} times as fast where every miss can be foreseen",
+        f"{sum(goal.is_met is True for goal in found)} of its {len(found)} goals are met",
+    )
+    assert not [part for part in shown if part not in words]
+
+
+def test_figures_of_the_ladder_are_those_of_its_run():
+    summary, words = read_results("h100-ladder")["ladder_summary"], " ".join(README.split())
+    laws = ("predicted", "roofline", "two_constants")
+    ours, roofline, two = (summary["errors"][name] for name in laws)
+    shown = (
+        f"the fit did not see {summary['num_cases']} cases",
         f"off by {100 * ours['median_ratio']:.1f} % in the median and "
         f"{100 * ours['worst_ratio']:.1f} % at worst",
-        f"a roofline of the datasheet by {100 * roofline['median_ratio']:.1f} %",
         f"intervals hold {100 * summary['coverage_ratio']:.1f} % of them",
+        f"roofline of the datasheet is off by {100 * roofline['median_ratio']:.1f} %",
+        f"rates of link and memory alone by {100 * two['median_ratio']:.1f} %",
     )
     assert not [part for part in shown if part not in words]
 
