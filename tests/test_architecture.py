@@ -47,7 +47,15 @@ FLOORS = {
 ALLOWED_SIDEWAYS = {("units", "errors"), ("tensors", "errors"), ("trace", "cards")}
 # These start fast and run where jax is absent or broken, at least until a function is called.
 WITHOUT_JAX = (
-    *("cards", "trace", "results", "claims", "units", "errors", "tensors", "report", "cli"),
+    "cards",
+    "trace",
+    "results",
+    "claims",
+    "units",
+    "errors",
+    "tensors",
+    "report",
+    "cli",
 )
 MAX_LINES = 400
 

@@ -10,6 +10,8 @@ from moejax.bench.audit._study import study_settings
 from moejax.cards import load_hardware, load_model
 from moejax.claims import load_claims
 
+from ..report._factory import results
+
 SLOTS = StudySlots(stated=32, in_bytes=2, in_tiers=9)
 MODEL, HARDWARE = load_model("reference-study"), load_hardware("rtx-3090")
 NUM_RUNS = 4
@@ -51,12 +53,21 @@ def make_cells(num_runs: int = NUM_RUNS) -> list[dict[str, Any]]:
     ]
 
 
-def make_audit(results: dict[str, Any], num_runs: int = NUM_RUNS) -> dict[str, Any]:
-    """`study` and `audit` of `results`."""
+def audited_results() -> dict[str, Any]:
+    """A bench run's results with the audit of the made-up study."""
+    content = results(num_runs=2)
+    for record in content["grid"]:
+        record["num_prefetches"] = 0
+    content["baseline"] = []
+    return content | make_audit(content)
+
+
+def make_audit(content: dict[str, Any], num_runs: int = NUM_RUNS) -> dict[str, Any]:
+    """`study` and `audit` of the results of a run."""
     cells = make_cells(num_runs)
     settings = study_settings(SLOTS, MODEL, num_runs=num_runs, seed=0)
     study = {"settings": describe_study(settings, SLOTS), "facts": FACTS, "grid": cells}
-    real = real_view(results, machine_facts(load_model("qwen1.5-moe-a2.7b"), HARDWARE))
+    real = real_view(content, machine_facts(load_model("qwen1.5-moe-a2.7b"), HARDWARE))
     rows = audit_rows(load_claims(), study_views(cells, SLOTS, FACTS), real)
     return {"study": study, "audit": rows}
 

@@ -14,18 +14,10 @@ from moejax.report._captions import caption
 from moejax.report._study_text import study_section
 from moejax.report.figures import CLAIMS_FIGURES, STYLE
 
-from ..bench._made_up_study import make_audit
+from ..bench._made_up_study import audited_results
 from ._factory import results, write_run
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-
-
-def audited_results() -> dict:
-    content = results(num_runs=2)
-    for record in content["grid"]:
-        record["num_prefetches"] = 0
-    content["baseline"] = []
-    return content | make_audit(content)
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,14 @@ from moejax.bench.audit._view import Found, MissingError, View, cells_by_key, fi
 from moejax.claims import list_claims, load_claims
 
 from ...report._factory import results
-from .._made_up_study import NUM_RUNS, make_audit, make_cells
+from .._made_up_study import NUM_RUNS, audited_results, make_audit, make_cells
 
 VERDICTS = {"reproduced", "not reproduced", "contradicts itself", "depends on assumption"}
 
 
 @pytest.fixture(scope="module")
 def audited() -> dict:
-    content = results(num_runs=2)
-    for record in content["grid"]:
-        record["num_prefetches"] = 0
-    content["baseline"] = []
-    return content | make_audit(content)
+    return audited_results()
 
 
 @pytest.fixture(scope="module")
