@@ -25,8 +25,8 @@ LAWS = {
 
 def ladder_section(results: Row, table: Table) -> list[str]:
     """The section as Markdown; empty where a run has no ladder."""
-    rows, summary = results.get("ladder"), results.get("ladder_summary")
-    if not rows or not summary["num_cases"]:
+    rows, summary = results.get("ladder", []), results.get("ladder_summary", {})
+    if not summary.get("num_cases"):
         return []
     head = ("strategy", "slots", "batch", "routing", "fit", "predicted", "90 % interval")
     head = (*head, "timeline", "measured", "error", "counts equal")

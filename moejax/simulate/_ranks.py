@@ -206,8 +206,8 @@ def _ranks(
 
 def side_by_side(parts: Sequence[Counts]) -> Counts:
     """The counts of all capacities, from those of some capacities each."""
-    cells = (np.concatenate(cells, axis=-1) for cells in zip(*(p[:3] for p in parts), strict=True))
-    return Counts(*cells, *parts[0][3:])
+    joined = zip(*(part[:3] for part in parts), strict=True)
+    return Counts._make([*(np.concatenate(cell, axis=-1) for cell in joined), *parts[0][3:]])
 
 
 def marks_between(marks: Marks, start: int, stop: int) -> Marks:
