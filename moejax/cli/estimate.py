@@ -17,7 +17,6 @@ from ._options import (
     parse_size,
 )
 from ._output import OutputFormat, emit
-from ._progress import say
 
 
 def estimate(
@@ -68,6 +67,8 @@ def estimate(
     record |= cost.estimate_intervals(
         profile, spec, batch_size=batch_size, context_tokens=context_tokens
     )
+    if profile.uncertainty is None:
+        record["intervals"] = f"none: {profile.name} does not say how sure it is"
     if budget:
         smallest_bytes = (
             bounds.smallest_dense_budget_bytes if include_dense else bounds.smallest_budget_bytes
@@ -76,8 +77,6 @@ def estimate(
         record["slots_per_layer"] = record["num_slots"] / spec.num_moe_layers
         record["warnings"] = _warnings(record["num_slots"], bounds.cliff_slots)
     emit(record, output)
-    if profile.uncertainty is None and output is OutputFormat.table:
-        say(f"the profile {profile.name} does not say how sure it is: there are no intervals")
 
 
 def _slots(budget_bytes: int, smallest_bytes: int, expert_bytes: int) -> dict[str, int]:
