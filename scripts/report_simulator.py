@@ -22,7 +22,7 @@ from moejax.report._palette import FAINT, INK, LOOKS
 from moejax.report.figures import STYLE
 from moejax.report.figures._canvas import new_figure
 from moejax.results import read_json, write_json, write_text
-from moejax.units import format_bytes, format_seconds
+from moejax.units import format_bytes, format_ratio, format_seconds
 
 FOLDER = models_dir().parent / "reports" / "simulator"
 SCHEMA = "moejax.simulator-report/1"
@@ -184,7 +184,8 @@ def _growth(growth: Row) -> str:
     return "\n\n".join(
         [
             f"{strategies}, {growth['num_capacities']} capacities, {growth['num_layers']} layers "
-            f"of {growth['num_experts']} experts, read from a file as it goes; the process peaks "
+            f"of {growth['num_experts']} experts, read from a file as it goes. The process, the "
+            "sweeps before included, peaks "
             f"at {format_bytes(growth['peak_rss_bytes'])}.",
             _table(("requests", "fastest", "slowest", "twice as many"), rows, "rrrr"),
         ]
@@ -239,7 +240,7 @@ def _bounds(fill: Row) -> str:
         f"T a second measured in the same run ({fill['select_operations']} a select, and two for "
         "every pair of experts ranked), nor than the bytes of scores and rank planes, "
         f"{format_seconds(fill['memory_bound_s'])} at {bytes_per_s}/s. The fastest strategy takes "
-        f"{format_seconds(fastest_s)}: {bound_s / fastest_s:.0%} of the greater bound. "
+        f"{format_seconds(fastest_s)}: {format_ratio(bound_s / fastest_s)} of the greater bound. "
         "What is left is in the ranks, which a GPU counts pair by pair through memory, and in "
         "launching a scan's programs at every step of the scores."
     )

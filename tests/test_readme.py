@@ -163,6 +163,21 @@ def test_figures_of_the_ladder_are_those_of_its_run():
     assert not [part for part in shown if part not in words]
 
 
+def test_figures_of_the_simulator_are_those_of_its_runs():
+    results, words = read_results("simulator"), " ".join(README.split())
+    record = results["cpu"]["records"][0]
+    sweep = next(row for row in record["sweeps"] if row["num_capacities"] == 61)
+    rate = results["gpu"]["fill"]["request_capacities_per_s"]
+    shown = (
+        f"61 capacities of {record['num_layers']} x {record['num_experts']} experts",
+        f"{record['num_requests'] / 1e6:.2f} million requests, take {sweep['ours_s']:.2f} s",
+        f"{sweep['ratio_one_core']:.1f} times less than five policies",
+        f"{sweep['ratio_two_processes']:.1f} times less than in two processes",
+        f"{rate / 1e9:.1f} G request-capacities a second",
+    )
+    assert not [part for part in shown if part not in words]
+
+
 def test_figures_of_the_small_model_are_those_of_its_report():
     pinned = read_results("small-models")["recording"]["small-moe"]["domains"]["pinned_0.5"]
     same, other = (pinned[f"{which}_domain_hit_ratio"] for which in ("same", "other"))

@@ -1,0 +1,37 @@
+"""The report on the simulator is what its results.json says."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+
+from moejax.results import read_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import report_simulator
+
+
+@pytest.fixture(scope="module")
+def results():
+    return read_json(report_simulator.FOLDER / "results.json")
+
+
+def test_the_committed_page_is_that_of_the_committed_results(results):
+    page = (report_simulator.FOLDER / "report.md").read_text(encoding="utf-8")
+    assert page == report_simulator.page(results)
+
+
+def test_a_figure_that_misses_its_bar_is_called_missed(results):
+    slower = copy.deepcopy(results)
+    slower["cpu"]["records"][0]["sweeps"][0]["ours_s"] = 1.01
+    slower["cpu"]["records"][1]["cells_equal"] -= 1
+    slower["gpu"]["fill"]["request_capacities_per_s"] = 19e9
+    before, after = report_simulator.goals(results), report_simulator.goals(slower)
+    changed = [new[0] for old, new in zip(before, after, strict=True) if old[3] != new[3]]
+    assert changed == [
+        "five strategies x 8 capacities",
+        "cells equal to libcachesim or plain numpy",
+        "request-capacities a second on one GPU",
+    ]
