@@ -485,8 +485,10 @@ def measure_check(run: Run) -> None:
 def check_cases(run: Run) -> Iterator[EngineCase]:
     slots = fitting(CHECK_SLOTS, run.config)
     for name, kind in STRATEGIES.items():
+        is_apart = not kind.needs_profile and kind.make(None).keeps_layers_apart
+        scopes = ("layer",) if is_apart else ("layer", "pool")
         for one in make_cases(
-            [name], slots, ("layer", "pool"), (1, 4), ("",), num_experts=run.config.num_experts
+            [name], slots, scopes, (1, 4), ("",), num_experts=run.config.num_experts
         ):
             routing = ROUTER
             if kind.needs_future:

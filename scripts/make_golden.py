@@ -1,4 +1,4 @@
-"""Counts the hits of another simulator's LRU and Belady, for tests to compare with.
+"""Counts the hits of another simulator's policies, for tests to compare with.
 
     python scripts/make_golden.py
 
@@ -20,6 +20,8 @@ from jaxtyping import UInt8
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "libcachesim.json"
 SEED = 20_240_501
 NUM_STEPS, NUM_LAYERS, NUM_EXPERTS = 600, 4, 24
+# The peer's S3-FIFO admits nothing while a tenth of the cache is less than two objects.
+LEAST_SLOTS = {"s3fifo": 20}
 
 
 def make_experts() -> UInt8[np.ndarray, "steps layers 1"]:
@@ -32,14 +34,20 @@ def make_experts() -> UInt8[np.ndarray, "steps layers 1"]:
 
 
 def count_hits(experts: UInt8[np.ndarray, "steps layers 1"]) -> dict[str, list[list[int]]]:
-    """Hits by policy, layer and capacity from 1 to all experts."""
+    """Hits by policy, layer and capacity from 1, or `LEAST_SLOTS`, to all experts."""
     peer = importlib.import_module("libcachesim")
-    policies = {"lru": peer.LRU, "belady": peer.Belady}
+    policies = {
+        "lru": peer.LRU,
+        "belady": peer.Belady,
+        "sieve": peer.Sieve,
+        "s3fifo": peer.S3FIFO,
+        "arc": peer.ARC,
+    }
     return {
         name: [
             [
                 _replay(peer, policy(cache_size=slots, hashpower=10), column)
-                for slots in range(1, NUM_EXPERTS + 1)
+                for slots in range(LEAST_SLOTS.get(name, 1), NUM_EXPERTS + 1)
             ]
             for column in experts[:, :, 0].T
         ]

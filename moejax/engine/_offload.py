@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32, Shaped, UInt
 from moejax.errors import UsageError
 from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
-from moejax.strategies import CacheShape, Strategy
+from moejax.strategies import CacheShape, Strategy, check_pool
 
 from ._check import check_fit, check_generation
 from ._decode import make_step
@@ -79,6 +79,8 @@ class OffloadEngine:
         self.plan, self._num_allocated = plan, plan.num_slots
         self.num_compiles = {"decode": 0}
         check_fit(model.config, store, plan)
+        if plan.scope == "pool":
+            check_pool(strategy)
         self._store, self._strategy = store, strategy
         shape = CacheShape(
             len(self.config.moe_layers), self.config.num_experts, self.config.num_experts_per_tok, 1

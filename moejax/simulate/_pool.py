@@ -12,7 +12,7 @@ from moejax.simulate._pool_blocks import Limits, serve_block, start_pools
 from moejax.simulate._rank_blocks import Kind
 from moejax.simulate._ranks import Counts, Marks, marks_between, side_by_side
 from moejax.simulate._replay import MAX_DEPTH, Replay
-from moejax.strategies import CacheShape, Strategy
+from moejax.strategies import CacheShape, Strategy, check_pool
 
 
 def pool(
@@ -48,8 +48,10 @@ def pool(
       The counts.
 
     Raises:
+      UsageError: The strategy orders only the experts of one layer.
       BackendError: Not even one capacity fits in memory.
     """
+    check_pool(strategy)
     is_stream = isinstance(replay, Stream)
     table = replay.experts if is_stream else replay.demand
     num_steps, num_layers, num_experts = table.shape

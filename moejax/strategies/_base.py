@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from moejax._types import PRNGKey
+from moejax.errors import UsageError
 
 NEVER = 2**30
 """Step or event of a next use that does not come."""
@@ -126,6 +127,8 @@ class Strategy(NamedTuple):
       reads_gates: Whether it reads `Access.lookahead`.
       reach: How many layers ahead it predicts at most; 0 prefetches nothing.
       computes_on_host: Whether a miss may be computed on the host instead of copied.
+      keeps_layers_apart: Whether its scores order only the experts of one layer, so that it
+        cannot serve a pool that all layers share.
     """
 
     init: Callable[[CacheShape], Any]
@@ -135,8 +138,22 @@ class Strategy(NamedTuple):
     reads_gates: bool = False
     reach: int = 0
     computes_on_host: bool = False
+    keeps_layers_apart: bool = False
 
     @property
     def prefetches(self) -> bool:
         """Whether decisions carry `prefetch_probability`."""
         return self.reach > 0
+
+
+def check_pool(strategy: Strategy) -> None:
+    """Refuses a strategy whose scores order only the experts of one layer.
+
+    Raises:
+      UsageError: It cannot serve a pool.
+    """
+    if strategy.keeps_layers_apart:
+        raise UsageError(
+            "this strategy keeps a queue for each layer, and a pool is shared by all layers",
+            "Use --scope layer, or a strategy such as lru.",
+        )

@@ -21,12 +21,15 @@ from moejax.strategies import (
     Profile,
     Strategy,
     always_admit,
+    arc,
     fifo,
     keep_best,
     lfu,
     lru,
     on_demand,
     oracle,
+    s3fifo,
+    sieve,
     top_k,
 )
 from moejax.trace import demand_counts
@@ -382,7 +385,8 @@ def golden(maker):
     stored = json.loads(maker.GOLDEN.read_text())
     experts = maker.make_experts()
     assert stored["trace"] == maker.describe(experts)
-    return experts, {name: np.array(stored[name]) for name in ("lru", "belady")}
+    names = ("lru", "belady", "sieve", "s3fifo", "arc")
+    return experts, {name: np.array(stored[name]) for name in names}
 
 
 def hits_of(strategy, experts, num_experts):
@@ -397,6 +401,22 @@ def test_lru_equals_libcachesim_on_every_cell(golden, maker):
     np.testing.assert_array_equal(admitting, hits["lru"])
     closed = lru_hit_curve(experts, maker.NUM_EXPERTS)
     np.testing.assert_array_equal(closed.num_hits[:, 1:], hits["lru"])
+
+
+@pytest.mark.parametrize("name", ["sieve", "s3fifo"])
+def test_caches_of_the_web_equal_libcachesim_on_every_cell_it_can_do(name, golden, maker):
+    experts, hits = golden
+    first = maker.LEAST_SLOTS.get(name, 1)
+    found = hits_of({"sieve": sieve(), "s3fifo": s3fifo()}[name], experts, maker.NUM_EXPERTS)
+    np.testing.assert_array_equal(found[:, first - 1 :], hits[name])
+
+
+def test_arc_differs_from_libcachesim_only_where_its_sum_of_fractions_is_rounded(golden, maker):
+    """Ours equals exact fractions (tests/strategies); the peer adds them up in 64 bits."""
+    experts, hits = golden
+    gap = hits_of(arc(), experts, maker.NUM_EXPERTS) - hits["arc"]
+    assert np.count_nonzero(gap) == 3
+    assert np.abs(gap).max() == 1
 
 
 def test_belady_that_must_admit_equals_libcachesim_on_every_cell(golden, maker):
