@@ -76,7 +76,8 @@ def _request(state: ArcState, one: Bool[Array, " experts"], capacity: Int[Array,
     is_hit = some(one & _is_inside(state))
     is_fresh = some(one) & ~(is_hit | in_b1 | in_b2)
     state = state._replace(target=_target(state, in_b1, in_b2, capacity))
-    state = ArcState(*(left(queue, one) for queue in state[:4]), state.target)
+    t1, t2, b1, b2 = (left(queue, one) for queue in state[:4])
+    state = ArcState(t1, t2, b1, b2, state.target)
     is_full = length(state.t1) + length(state.t2) >= capacity
     state, drops_only = _trimmed(state, is_fresh & is_full, capacity)
     state = _replaced(state, in_b1 | in_b2 | is_fresh & is_full & ~drops_only, in_b2)
