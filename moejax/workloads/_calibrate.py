@@ -1,4 +1,4 @@
-"""Fits a workload's parameters to published figures and says how near they come."""
+"""Fits a workload's parameters to published figures."""
 
 import dataclasses
 import math
@@ -13,55 +13,14 @@ from scipy.optimize import least_squares
 from scipy.special import expit, logit
 
 from moejax.errors import UsageError
-from moejax.trace import statistics
 
-from ._curves import (
-    first_touch_ratio,
-    lfu_hit_ratio,
-    lru_hit_ratio,
-    oracle_hit_ratio,
-    pinned_hit_ratio,
-)
-from ._make import make_trace
+from ._assess import assess
 from ._workload import Figures, Workload
 
 # A residual of this size costs twice its square: the worst point matters more than the mean.
 _TOLERANCE_RATIO = 0.015
 # Ranges are aimed at their inner three fifths, so that other requests stay inside too.
 _RANGE_MARGIN = 0.2
-
-
-def assess(
-    workload: Workload, *, num_requests: int = 16, tokens_per_request: int = 512, seed: int
-) -> Figures:
-    """Measures on fresh requests every figure that the workload has a target for.
-
-    `hit_ratio` and `hit_ratio_warm` are per-layer curves of single requests from an empty cache;
-    the latter counts first touches as hits while a slot is free. `top_k` pins by the popularity in
-    as many other requests.
-
-    Raises:
-      UsageError: The targets name a strategy or statistic that is not known here.
-    """
-    drawn = make_trace(
-        workload, num_requests=2 * num_requests, tokens_per_request=tokens_per_request, seed=seed
-    )
-    experts = drawn.experts.reshape(2, num_requests, tokens_per_request, *drawn.experts.shape[1:])
-    achieved: dict[str, Mapping[str, Any]] = {}
-    for measure, wanted in workload.targets.items():
-        if measure == "statistics":
-            found = statistics(drawn)
-            achieved[measure] = {name: float(getattr(found, name)) for name in wanted}
-        else:
-            free = first_touch_ratio(experts[1], workload.num_experts)
-            achieved[measure] = {
-                strategy: {
-                    slots: float(ratio + free[slots] * (measure == "hit_ratio_warm"))
-                    for slots, ratio in _hit_ratio(workload, strategy, experts, tuple(points))
-                }
-                for strategy, points in wanted.items()
-            }
-    return MappingProxyType(achieved)
 
 
 def deviations(
@@ -119,7 +78,9 @@ def calibrate(
             tried, num_requests=num_requests, tokens_per_request=tokens_per_request, seed=seed
         )
         found = dict(deviations(workload.targets, achieved, margin=_RANGE_MARGIN))
-        misses = np.array(list(found.values()))
+        misses = np.array(
+            [miss / _scale(workload, measure) for (measure, *_), miss in found.items()]
+        )
         num_alike = Counter(measure for measure, *_ in found)
         # Every measure weighs the same, however many points its curves have.
         weights = np.array([num_alike[measure] ** -0.5 for measure, *_ in found])
@@ -131,25 +92,9 @@ def calibrate(
     return _with_point(workload, start + found.x - 1)
 
 
-def _hit_ratio(
-    workload: Workload, strategy: str, experts: np.ndarray, slots: tuple[int, ...]
-) -> list[tuple[int, float]]:
-    profile, tested = experts
-    num_experts = workload.num_experts
-    if strategy == "oracle":
-        return list(zip(slots, oracle_hit_ratio(tested, num_experts, slots), strict=True))
-    if strategy == "lru":
-        curve = lru_hit_ratio(tested, num_experts)
-    elif strategy == "lfu":
-        curve = lfu_hit_ratio(tested, num_experts)
-    elif strategy == "top_k":
-        curve = pinned_hit_ratio(profile, tested, num_experts)
-    else:
-        raise UsageError(
-            f"workload {workload.name!r} has a target for {strategy!r}",
-            "Targets are known for lru, lfu, oracle and top_k.",
-        )
-    return [(count, curve[count]) for count in slots]
+def _scale(workload: Workload, measure: str) -> int:
+    """What makes a figure a share: counts of experts are seen beside all of a layer."""
+    return workload.num_experts if measure == "distinct_experts" else 1
 
 
 def _with_point(workload: Workload, point: Float[np.ndarray, " parameters"]) -> Workload:

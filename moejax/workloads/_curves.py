@@ -1,9 +1,10 @@
 """Hit ratios of per-layer caches under the convention of the published curves.
 
 One request at a time from an empty cache, one token's set at a time, demand only, and the best
-`slots` of resident and demanded experts kept. This is a second, independent way to the numbers
-of `moejax.simulate`, small enough to sit inside a fit. All ratios are over demands; a first touch
-is a miss, and `first_touch_ratio` is what the published convention adds for free slots.
+`slots` of resident and demanded experts kept; `as_one_layer` turns them into those of one pool.
+This is a second, independent way to the numbers of `moejax.simulate`, small enough to sit inside a
+fit. All ratios are over demands; a first touch is a miss, and `first_touch_ratio` is what the
+published convention adds for free slots.
 """
 
 import numpy as np
@@ -77,6 +78,18 @@ def first_touch_ratio(
     slots = np.arange(num_experts + 1)
     filled = np.minimum(slots[:, None], touched.sum(axis=1)[None, :]).sum(axis=1)
     return filled / experts.size
+
+
+def as_one_layer(
+    experts: Shaped[np.ndarray, "requests tokens layers topk"], num_experts: int
+) -> Int[np.ndarray, "requests tokens 1 layers_topk"]:
+    """The routing of one pool for all layers: layer l's expert e is l * num_experts + e.
+
+    A token's experts of all layers are then one set, so nothing is evicted within a token.
+    """
+    num_requests, num_tokens, num_layers, _ = experts.shape
+    first = np.arange(num_layers)[:, None] * num_experts
+    return (experts + first).reshape(num_requests, num_tokens, 1, -1)
 
 
 def _ranked_hit_ratio(

@@ -222,8 +222,8 @@ USAGE = [
     ("trace make --out t.safetensors --workload no-such", "'no-such' is not known"),
     ("trace import good.npz --num-experts 0", "--num-experts"),
     ("trace import good.npz --out good.npz/t.safetensors", "cannot be written"),
-    ("tune-cache --budget 2GB --model gpt-oss-20b", "the workload 'qwen1.5-moe' routes 24 layers"),
-    ("bench --model gpt-oss-20b", "the workload 'qwen1.5-moe' routes 24 layers"),
+    ("tune-cache --budget 2GB --model tiny-moe", "the workload 'qwen1.5-moe' routes 24 layers"),
+    ("bench --model tiny-moe", "the workload 'qwen1.5-moe' routes 24 layers"),
     ("validate -o xml", "'xml'"),
 ]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.workloads import (
+    as_one_layer,
     first_touch_ratio,
     lfu_hit_ratio,
     lru_hit_ratio,
@@ -40,6 +41,21 @@ def test_first_touches_are_those_of_a_cache_that_fills(experts):
     literal = [_replay(experts, slots, "lru")[1] for slots in SLOTS]
     curve = first_touch_ratio(experts, NUM_EXPERTS)
     np.testing.assert_allclose(curve[list(SLOTS)], literal, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "oracle"])
+def test_one_pool_equals_a_literal_cache_of_all_layers(experts, name):
+    pooled, num_pooled = as_one_layer(experts, NUM_EXPERTS), 3 * NUM_EXPERTS
+    assert pooled.shape == (2, 40, 1, 6)
+    np.testing.assert_array_equal(pooled[..., 2:4] - NUM_EXPERTS, experts[:, :, 1:2])
+    slots = (0, 5, 9, 16, 27)
+    curve = {
+        "lru": lambda: lru_hit_ratio(pooled, num_pooled)[list(slots)],
+        "lfu": lambda: lfu_hit_ratio(pooled, num_pooled)[list(slots)],
+        "oracle": lambda: oracle_hit_ratio(pooled, num_pooled, slots),
+    }[name]()
+    literal = [_replay(pooled, count, name)[0] for count in slots]
+    np.testing.assert_allclose(curve, literal, rtol=0, atol=1e-12)
 
 
 def test_oracle_is_the_best_of_all_possible_caches():
