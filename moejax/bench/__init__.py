@@ -1,5 +1,8 @@
 """Running the experiment and measuring the machine it runs on."""
 
+from ._agreement import RANKED as RANKED
+from ._agreement import Agreement as Agreement
+from ._agreement import compare_rankings as compare_rankings
 from ._engine_case import ROUTER as ROUTER
 from ._engine_case import EngineCase as EngineCase
 from ._engine_ceilings import Ceilings as Ceilings
