@@ -1,32 +1,36 @@
-"""Refits the calibrated workloads and writes their cards, the table and the figure.
+"""Measures the calibrated workloads, and refits those that are named.
 
-    python scripts/calibrate_workload.py           refit, about two minutes on one core
-    python scripts/calibrate_workload.py --check   measure the cards as they are on other requests
+    python scripts/calibrate_workload.py                      measure the cards, two minutes
+    python scripts/calibrate_workload.py --model olmoe-1b-7b  refit that card first, minutes more
+    python scripts/calibrate_workload.py --check              measure on other requests
+    python scripts/calibrate_workload.py --recorded FOLDER    rank strategies beside recordings too
 
-The refit starts from the parameters in the cards, so a second run moves them little. It writes
-`models/workloads/*.toml` and `reports/workload-calibration/`.
+A refit starts from the parameters in the card, so a second one moves them little. All but --check
+write the cards in `models/workloads/` and `reports/workload-calibration/`. The recordings are other
+people's and no part of the project; without --recorded the rankings found before are kept, and
+refused where a card has changed since.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+import numpy as np
+import report_workloads as report
+from _workload_rankings import rank_beside
 
 from moejax.cards import models_dir
-from moejax.report._palette import look
-from moejax.results import capture_environment, write_json, write_text
+from moejax.errors import MoejaxError, UsageError
+from moejax.results import capture_environment, read_json, to_plain, write_json, write_text
 from moejax.trace import statistics
 from moejax.workloads import (
     WORKLOADS,
     Workload,
+    as_one_layer,
     assess,
     calibrate,
     default_workload,
@@ -36,84 +40,112 @@ from moejax.workloads import (
     lru_hit_ratio,
     make_trace,
     oracle_hit_ratio,
+    tolerance,
 )
 
 FIT_SEED, REPORT_SEED, CHECK_SEED = 0, 77, 2024
+# Enough for the largest batch that has a target for its distinct experts.
+NUM_FIT_REQUESTS, NUM_BATCH_REQUESTS = 4, 8
 GATED_SLOTS = (4, 8, 16, 30, 45)
 GATE_RATIO = 0.03
-REPORT = models_dir().parent / "reports" / "workload-calibration"
-TITLES = {"lru": "LRU", "lfu": "LFU", "oracle": "Belady", "top_k": "pinned top-K"}
-EXPLAINED = {
-    "popularity": "standard deviation of expert biases, in units of the hidden part of a logit",
-    "topic_share": "variance that barely changes within a request",
-    "topic_memory": "its correlation from token to token",
-    "phrase_share": "variance shared with the next few tokens",
-    "phrase_memory": "its correlation from token to token",
-    "token_share": "variance fixed by the token's type",
-    "token_zipf": "exponent of the token types' frequencies",
-    "kinship": "cosine between the router rows of counterparts in adjacent layers",
-    "layer_mix": "correlation of the hidden states of adjacent layers",
-}
+NEARLY_ALL = 0.99
 
 
-def main() -> int:
-    """Refits or checks; 1 when a gated point of the default workload is out of its tolerance."""
-    parser = argparse.ArgumentParser(description="Refits the calibrated workloads.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, refits or checks; 1 when a gated figure is out of its tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", action="append", default=[], help="card to refit; repeatable")
     parser.add_argument("--check", action="store_true", help="refit and write nothing")
-    is_check = parser.parse_args().check
-    targeted = [workload for workload in WORKLOADS.values() if workload.targets]
-    if is_check:
-        targeted = [
-            dataclasses.replace(workload, achieved=assess(workload, seed=CHECK_SEED))
-            for workload in targeted
-        ]
-    else:
-        targeted = [_refit(workload) for workload in targeted]
-        _write(targeted)
-    for workload in targeted:
-        print(f"{workload.name}\n\n{_table(workload)}\n")
-    return int(any(_gate_failures(workload) for workload in targeted))
+    parser.add_argument("--recorded", type=Path, help="folder of recorded routing")
+    options = parser.parse_args(argv)
+    try:
+        measured = _measure(options.model, CHECK_SEED if options.check else REPORT_SEED)
+        if not options.check:
+            _write(measured, options.recorded)
+    except MoejaxError as error:
+        print(f"error: {error.cause}\n\nhint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    for workload in measured:
+        print(f"{workload.name}\n\n{report.table(to_plain(_record(workload)))}\n")
+    missed = [line for workload in measured for line in _gate_failures(workload)]
+    for line in missed:
+        print(f"missed: {line}", file=sys.stderr)
+    return int(bool(missed))
 
 
-def _refit(workload: Workload) -> Workload:
-    print(f"fitting {workload.name} ...", file=sys.stderr)
-    fitted = calibrate(workload, seed=FIT_SEED)
-    return dataclasses.replace(fitted, achieved=assess(fitted, seed=REPORT_SEED))
+def _measure(refitted: list[str], seed: int) -> list[Workload]:
+    targeted = {name: workload for name, workload in WORKLOADS.items() if workload.targets}
+    for name in refitted:
+        if name not in targeted:
+            raise UsageError(f"--model {name!r} has no targets", f"Known: {', '.join(targeted)}.")
+    measured = []
+    for name, workload in targeted.items():
+        if name in refitted:
+            print(f"fitting {name} ...", file=sys.stderr)
+            is_batched = "distinct_experts" in workload.targets
+            num_requests = NUM_BATCH_REQUESTS if is_batched else NUM_FIT_REQUESTS
+            workload = calibrate(workload, seed=FIT_SEED, num_requests=num_requests)
+        print(f"measuring {name} ...", file=sys.stderr)
+        measured.append(dataclasses.replace(workload, achieved=assess(workload, seed=seed)))
+    return measured
 
 
 def _gate_failures(workload: Workload) -> list[str]:
-    if workload.name != default_workload:
-        return []
-    return [
-        " ".join(map(str, path))
-        for path, miss in deviations(workload.targets, workload.achieved)
-        if path[-1] in GATED_SLOTS and abs(miss) > GATE_RATIO
-    ]
+    missed = []
+    for path, miss in deviations(workload.targets, workload.achieved):
+        limit = tolerance(workload, path)
+        if workload.name == default_workload and path[-1] in GATED_SLOTS:
+            limit = GATE_RATIO
+        if limit is not None and abs(miss) > limit:
+            missed.append(f"{workload.name} {' '.join(map(str, path))}: {miss:+.3f}")
+    return missed
 
 
-def _write(targeted: list[Workload]) -> None:
-    for workload in targeted:
+def _write(measured: list[Workload], recorded: Path | None) -> None:
+    path = report.FOLDER / "results.json"
+    named = {workload.name: workload for workload in measured}
+    environment = capture_environment(FIT_SEED)
+    if recorded is None:
+        rankings = _kept_rankings(path, measured)
+    else:
+        # Kept through later runs, so each says when and with what it was found.
+        found_by = {"commit": environment.commit, "date": environment.date}
+        rankings = [{**found, **found_by} for found in rank_beside(recorded, named)]
+    for workload in measured:
         write_text(models_dir() / "workloads" / f"{workload.name}.toml", _card(workload))
-    others = {
-        workload.name: _describe(workload)
-        for workload in WORKLOADS.values()
-        if not workload.targets
-    }
-    study = next(workload for workload in targeted if workload.name == "reference-study")
-    memoryless = assess(_without_locality(study), seed=REPORT_SEED)["hit_ratio"]
+    study = named["reference-study"]
+    others = [workload for workload in WORKLOADS.values() if not workload.targets]
     write_json(
-        REPORT / "results.json",
+        path,
         {
-            "schema": "moejax.workload-calibration/1",
-            "environment": capture_environment(FIT_SEED),
+            "schema": report.SCHEMA,
+            "environment": environment,
             "seeds": {"fit": FIT_SEED, "report": REPORT_SEED},
-            "workloads": {workload.name: _record(workload) for workload in targeted},
-            "reference-study without locality": memoryless,
-            "not calibrated": others,
+            "default_workload": default_workload,
+            "workloads": {workload.name: _record(workload) for workload in measured},
+            "curves": _curves(named[default_workload]),
+            "pooling": {name: _pooling(workload) for name, workload in named.items()},
+            "reference-study without locality": assess(_without_locality(study), seed=REPORT_SEED)[
+                "hit_ratio"
+            ],
+            "switch": _slots_for(named["switch-base-128"]),
+            "not calibrated": {workload.name: _describe(workload) for workload in others},
+            "rankings": rankings,
         },
     )
-    _figure(targeted[0], REPORT / "figures" / "hit-curves.png")
-    write_text(REPORT / "report.md", _report(targeted, memoryless, others))
+    report.write(report.FOLDER)
+
+
+def _kept_rankings(path: Path, measured: list[Workload]) -> list[dict[str, Any]]:
+    kept = read_json(path).get("rankings", []) if path.exists() else []
+    parameters = {workload.name: dict(workload.parameters) for workload in measured}
+    for ranking in kept:
+        if ranking["parameters"] != parameters[ranking["workload"]]:
+            raise UsageError(
+                f"the rankings of {ranking['workload']} were found with other parameters",
+                "Find them again with --recorded FOLDER.",
+            )
+    return kept
 
 
 def _card(workload: Workload) -> str:
@@ -142,14 +174,71 @@ def _toml(value: Any) -> str:
 
 
 def _record(workload: Workload) -> dict[str, Any]:
-    record = {
-        name: getattr(workload, name) for name in ("parameters", "fitted", "targets", "achieved")
+    fields = (
+        *("title", "model", "num_layers", "num_experts", "num_experts_per_tok"),
+        *("source", "note", "parameters", "fitted", "targets", "achieved"),
+    )
+    misses = dict(deviations(workload.targets, workload.achieved))
+    return {
+        **{name: getattr(workload, name) for name in fields},
+        "deviations": {" ".join(map(str, path)): miss for path, miss in misses.items()},
+        "tolerances": {" ".join(map(str, path)): tolerance(workload, path) for path in misses},
     }
-    misses = {
-        " ".join(map(str, path)): miss
-        for path, miss in deviations(workload.targets, workload.achieved)
+
+
+def _draw(workload: Workload, num_requests: int) -> np.ndarray:
+    trace = make_trace(
+        workload, num_requests=num_requests, tokens_per_request=512, seed=REPORT_SEED
+    )
+    return trace.experts.reshape(num_requests, 512, *trace.experts.shape[1:])
+
+
+def _curves(workload: Workload) -> dict[str, Any]:
+    """Warm hit ratios of the default workload at every other number of slots, for the figure."""
+    experts, num_experts = _draw(workload, 8), workload.num_experts
+    slots = tuple(range(0, num_experts + 1, 2))
+    free = first_touch_ratio(experts, num_experts)[list(slots)]
+    curves = {
+        "oracle": oracle_hit_ratio(experts, num_experts, slots),
+        "lru": lru_hit_ratio(experts, num_experts)[list(slots)],
+        "lfu": lfu_hit_ratio(experts, num_experts)[list(slots)],
     }
-    return {**record, "deviations": misses}
+    return {"slots": slots, **{name: curve + free for name, curve in curves.items()}}
+
+
+def _pooling(workload: Workload) -> dict[str, dict[str, float]]:
+    """Warm hit ratios at twice top-k: slots of each layer beside one pool of as many."""
+    experts, num_layers = _draw(workload, 2), workload.num_layers
+    slots = 2 * workload.num_experts_per_tok
+    scopes = {
+        "layer": (experts, workload.num_experts, slots),
+        "pool": (
+            as_one_layer(experts, workload.num_experts),
+            workload.num_experts * num_layers,
+            slots * num_layers,
+        ),
+    }
+    found = {}
+    for scope, (routed, num_experts, count) in scopes.items():
+        free = first_touch_ratio(routed, num_experts)[count]
+        found[scope] = {
+            "lru": lru_hit_ratio(routed, num_experts)[count] + free,
+            "oracle": oracle_hit_ratio(routed, num_experts, (count,))[0] + free,
+        }
+    return found
+
+
+def _slots_for(workload: Workload) -> dict[str, Any]:
+    """Fewest slots a layer with which nearly all demands hit, first touches forgiven."""
+    experts, num_experts = _draw(workload, 8), workload.num_experts
+    slots = tuple(range(num_experts + 1))
+    free = first_touch_ratio(experts, num_experts)
+    curves = {
+        "lru": lru_hit_ratio(experts, num_experts) + free,
+        "oracle": oracle_hit_ratio(experts, num_experts, slots) + free,
+    }
+    fewest = {name: int(np.argmax(curve >= NEARLY_ALL)) for name, curve in curves.items()}
+    return {"hit_ratio_warm": NEARLY_ALL, "num_experts": num_experts, "slots": fewest}
 
 
 def _describe(workload: Workload) -> dict[str, Any]:
@@ -170,139 +259,6 @@ def _describe(workload: Workload) -> dict[str, Any]:
 def _without_locality(workload: Workload) -> Workload:
     memory = {name: 0.0 for name in workload.parameters if name.endswith("_share")}
     return dataclasses.replace(workload, parameters={**workload.parameters, **memory})
-
-
-def _table(workload: Workload) -> str:
-    lines = ["| figure | slots | target | achieved | deviation |", "|---|---|---|---|---|"]
-    for (measure, name, *slots), miss in deviations(workload.targets, workload.achieved):
-        target = workload.targets[measure][name]
-        value = workload.achieved[measure][name]
-        if slots:
-            target, value = target[slots[0]], value[slots[0]]
-            gate = " (gate)" if slots[0] in GATED_SLOTS and measure == "hit_ratio_warm" else ""
-            row = (f"{TITLES[name]}, {measure}", f"{slots[0]}{gate}", f"{target:.3f}")
-        else:
-            row = (name, "", f"{target[0]:.2f} to {target[1]:.2f}")
-        lines.append(f"| {' | '.join(row)} | {value:.3f} | {miss:+.3f} |")
-    return "\n".join(lines)
-
-
-def _figure(workload: Workload, path: Path) -> None:
-    trace = make_trace(workload, num_requests=8, tokens_per_request=512, seed=REPORT_SEED)
-    experts = trace.experts.reshape(8, 512, *trace.experts.shape[1:])
-    num_experts = workload.num_experts
-    free = first_touch_ratio(experts, num_experts)
-    slots = tuple(range(0, num_experts + 1, 2))
-    curves = {
-        "oracle": oracle_hit_ratio(experts, num_experts, slots),
-        "lru": lru_hit_ratio(experts, num_experts)[list(slots)],
-        "lfu": lfu_hit_ratio(experts, num_experts)[list(slots)],
-    }
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for name, curve in curves.items():
-        style = look(name)
-        points = workload.targets["hit_ratio_warm"][name]
-        warm = curve + free[list(slots)]
-        axes.plot(
-            slots, warm, color=style.colour, linestyle=style.line, label=f"{TITLES[name]}, workload"
-        )
-        axes.plot(
-            points.keys(),
-            points.values(),
-            style.marker,
-            color=style.colour,
-            label=f"{TITLES[name]}, published",
-        )
-    axes.plot(
-        [0, num_experts], [0, 1], color="#767676", linewidth=0.8, label="uniform routing, LRU"
-    )
-    axes.set(
-        xlabel="slots per layer", ylabel="hit ratio, free slots forgiven", xlim=(0, 60), ylim=(0, 1)
-    )
-    axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, metadata={"Software": None})
-    plt.close(figure)
-
-
-def _report(
-    targeted: list[Workload],
-    memoryless: Mapping[str, Mapping[int, float]],
-    others: Mapping[str, Mapping[str, float]],
-) -> str:
-    default = targeted[0]
-    worst = max(
-        (abs(miss), path)
-        for path, miss in deviations(default.targets, default.achieved)
-        if path[-1] in GATED_SLOTS
-    )
-    parameters = [
-        "| parameter | meaning | " + " | ".join(workload.name for workload in targeted) + " |",
-        "|---|---|" + "---|" * len(targeted),
-    ]
-    for name, meaning in EXPLAINED.items():
-        cells = [
-            f"{workload.parameters[name]:.4g}{'' if name in workload.fitted else ' (fixed)'}"
-            for workload in targeted
-        ]
-        parameters.append(f"| {name} | {meaning} | {' | '.join(cells)} |")
-    sections = [
-        HEAD.format(worst=worst[0], name=TITLES[worst[1][1]], slots=worst[1][2]),
-        "## Parameters\n\n" + "\n".join(parameters),
-    ]
-    sections += [
-        f"## {workload.name}\n\n{workload.note}\n\n{_table(workload)}" for workload in targeted
-    ]
-    names = list(next(iter(others.values())))
-    rows = [f"| workload | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for name, record in others.items():
-        rows.append(f"| {name} | {' | '.join(f'{record[key]:.3f}' for key in names)} |")
-    claims = {name: points[32] for name, points in memoryless.items()}
-    sections.append(TAIL.format(**claims, others="\n".join(rows)))
-    return "\n\n".join(sections) + "\n"
-
-
-HEAD = """# Calibration of the synthetic workloads
-
-Made by `python scripts/calibrate_workload.py`; figures and environment are in `results.json`.
-Everything here is synthetic routing: it resembles the published averages and is no recording.
-
-Each layer's router is a random projection of a hidden state of 16 numbers that follows the text:
-a topic that drifts over a request, a phrase shared by a few tokens, the token's type (4096 types,
-Zipf) and something fresh. Adjacent layers share most of their hidden state, and their experts are
-near counterparts. The fit moves six numbers on 8 requests of 512 tokens; the table below is
-measured on 16 other requests (and 16 more for the statistics).
-
-The published convention: per-layer caches, one 512-token sample at a time from an empty cache,
-one token's set at a time, demand only, a first touch counts as a hit while a slot is free, mean
-over samples and layers. The gate is 0.03 at 4, 8, 16, 30 and 45 slots; the worst gated point is
-{name} at {slots} slots with {worst:.3f}.
-
-![Hit ratio against slots per layer: workload and published points](figures/hit-curves.png)"""
-
-TAIL = """## What bounds the fit
-
-- Qwen1.5-MoE: between 2 and 24 slots the published Belady curve lies above every router that was
-  tried and matches the published LRU curve, so the fit ends a little below it. Three other
-  structures were tried in smaller fits and not kept, for they ended hardly nearer: memories that
-  change with depth, heavy-tailed instead of normal biases, and a topic whose memory is fitted
-  too. The points were read off a figure.
-- LRU with as many slots as a token has experts hits what the token before used. So the published
-  0.19 at 4 slots and the 0.11 to 0.17 of most recorded routing (up to 0.19) meet at their edges
-  only; the fit ends between them.
-- Lookahead (the next gates applied to this layer's hidden state) follows from `layer_mix` and
-  `kinship`; `layer_mix` was set, not fitted, for want of a published figure.
-- reference-study: `multi_look` is fitted as plain LRU, which it corrects. Locality that lifts
-  Belady towards the claimed value lifts LRU above its own; in this kind of router the two claims
-  exclude each other and the fit splits the difference. Without locality the same popularity gives
-  LRU {lru:.3f}, pinned top-K {top_k:.3f} and Belady {oracle:.3f}, so the claims need both. The
-  claimed 0.785 of `intelligent` is no target: a learned strategy has to reach it by itself.
-
-## Workloads that are not calibrated
-
-16 requests of 128 tokens, 30 of 60 slots a layer, every load a miss.
-
-{others}"""
 
 
 if __name__ == "__main__":
