@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ._options import DEFAULT_HARDWARE, DEFAULT_MODEL
+from ._outside_workloads import gated_figures
 from ._progress import Progress
 
 _ROUTING_SOURCE = "arXiv:2505.16056, digitised; statistics of recorded routing"
@@ -53,6 +54,7 @@ def check_outside_numbers(seed: int, progress: Progress) -> list[Check]:
         "arithmetic": _check_sizes(),
         "RTX 3090 copies": _check_copies(),
         "default workload": _check_workload(seed),
+        "other workloads": _check_other_workloads(seed),
     }
     checks: list[Check] = []
     for index, (name, part) in enumerate(parts.items()):
@@ -129,6 +131,11 @@ def _check_workload(seed: int) -> Iterator[Check]:
         yield Check(
             f"{default_workload}: {label}", expected, ours, tolerance, is_near, _ROUTING_SOURCE
         )
+
+
+def _check_other_workloads(seed: int) -> Iterator[Check]:
+    for figure in gated_figures(seed):
+        yield _near(*figure)
 
 
 def _near(check: str, expected: float, ours: float, tolerance: float, source: str) -> Check:

@@ -20,7 +20,7 @@ from ._options import (
 )
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
-from ._routing import check_lookahead, open_routing, recorded_trace
+from ._routing import check_lookahead, open_routing, recorded_trace, workload_of
 
 if TYPE_CHECKING:
     from moejax.cards import ModelSpec
@@ -109,7 +109,6 @@ def simulate(
     from moejax.simulate import replay, sweep, sweep_pool
     from moejax.strategies import STRATEGIES
     from moejax.trace import batch_trace
-    from moejax.workloads import default_workload
 
     names = parse_names(strategy, "--strategy", tuple(STRATEGIES))
     if slots and capacity:
@@ -127,9 +126,11 @@ def simulate(
             f"--reset-per-request has no meaning in a batch of {batch_size}", "Use --batch-size 1."
         )
     recorded = recorded_trace(trace, workload, model)
-    routing = recorded or open_routing(workload or default_workload, seed)
+    routing = recorded or open_routing(workload or _own_workload(model, offline), seed)
     learned = _learn(names, routing, profile)
+    # A model that was named must be the one that is replayed, even where nothing asks its sizes.
     needs_model = bool(hardware) or (bool(capacity) and routing.expert_bytes is None)
+    needs_model |= bool(model) and recorded is None
     spec = _model(model or routing.model, routing, offline) if needs_model else None
     size = _expert_bytes(routing, spec)
     rows, labels = _capacities(slots, capacity, scope, routing, size)
@@ -191,6 +192,13 @@ def _learn(names: tuple[str, ...], routing: "Trace", path: Path | None) -> "Prof
         )
     learns = any(STRATEGIES[name].learns for name in names)
     return learn_profile(learned_from) if learns else None
+
+
+def _own_workload(model: str | None, offline: bool) -> str:
+    from moejax.cards import load_model
+    from moejax.workloads import default_workload
+
+    return workload_of(load_model(model, offline=offline)) if model else default_workload
 
 
 def _model(name: str, routing: "Trace", offline: bool) -> "ModelSpec | None":

@@ -51,7 +51,7 @@ def validate(
     With paths: one record a path says what it is, what was checked and what is wrong with it; any
     bad one makes the exit code 4. Of a Qwen1.5-MoE checkpoint the weights are checked too, up to
     their values. Without: sizes against arithmetic, the RTX 3090's copy law against sizes that the
-    fit did not see, and the default workload against published hit curves and statistics; any
+    fit did not see, and calibrated workloads against published hit curves and statistics; any
     miss makes the exit code 1.
 
     With --against: the ladder of an engine's run, each case as the profile predicts it with a 90 %

@@ -202,3 +202,17 @@ def test_a_workload_stands_in_and_is_named(capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)[0]["slots"] == 30
     assert "synthetic routing of the workload 'qwen1.5-moe'" in err
+
+
+def test_a_model_is_replayed_on_its_own_workload(capsys):
+    command = "simulate --model mixtral-8x7b --strategy lru --slots 4 --max-steps 64 -o json"
+    assert cli.main(command.split()) == 0
+    out, err = capsys.readouterr()
+    assert "workload 'mixtral-8x7b'" in err
+    record = json.loads(out)[0]
+    assert record["num_hits"] + record["num_loads"] == 64 * 32 * 2
+
+
+def test_a_model_without_a_workload_is_not_replayed_on_another(capsys):
+    assert cli.main(["simulate", "--model", "tiny-moe", "--strategy", "lru"]) == 2
+    assert "routes 24 layers" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
-from moejax import cli
+from moejax import cli, workloads
 from moejax.cards import models_dir
 from moejax.cli import _outside
+from moejax.cli._outside_workloads import gated_figures
 from moejax.trace import save_trace
 
 from ._checkpoint import write_checkpoint
@@ -139,6 +141,24 @@ def test_our_numbers_agree_with_outside_ones(validate):
         assert abs(check["ours"] - expected) <= check["tolerance"] == 0.03
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        "olmoe-1b-7b: lru, hit ratio with 16 slots a layer",
+        "olmoe-1b-7b: oracle, hit ratio of a pool with 16 slots a layer",
+    ],
+)
+def test_workloads_of_other_models_are_checked_against_published_figures(monkeypatch, check):
+    chosen = MappingProxyType({"olmoe-1b-7b": workloads.WORKLOADS["olmoe-1b-7b"]})
+    monkeypatch.setattr(workloads, "WORKLOADS", chosen)
+    found = {figure.label: figure for figure in gated_figures(seed=1)}
+    assert len(found) == 2
+    figure = found[check]
+    assert figure.tolerance == 0.03
+    assert abs(figure.ours - figure.expected) <= 0.03
+    assert "2505.16056" in figure.source
+
+
 SLOTS = (4, 8, 16, 30, 45)
 LRU = (0.19, 0.28, 0.43, 0.65, 0.86)
 LFU = (0.14, 0.24, 0.40, 0.65, 0.86)
@@ -150,6 +170,7 @@ def test_a_miss_is_a_failure(validate, monkeypatch):
     """The all-miss ceiling of another link than the published one."""
     monkeypatch.setattr(_outside, "_LINK_BYTES_PER_S", 13e9)
     monkeypatch.setattr(_outside, "_check_workload", lambda seed: iter(()))
+    monkeypatch.setattr(_outside, "gated_figures", lambda seed: iter(()))
     code, out, err = validate("-o", "json")
     assert code == 1
     missed = [check for check in json.loads(out) if not check["ok"]]
