@@ -195,6 +195,27 @@ def test_figures_of_the_simulator_are_those_of_its_runs():
     assert not [part for part in shown if part not in words]
 
 
+def test_figures_of_the_workloads_are_those_of_their_report():
+    results, words = read_results("workload-calibration"), " ".join(README.split())
+    others = [
+        record
+        for name, record in results["workloads"].items()
+        if record["fitted"] and name not in (results["default_workload"], "reference-study")
+    ]
+    gaps = []
+    for record in others:
+        slots = str(2 * record["num_experts_per_tok"])
+        for measure, policy in (("hit_ratio_warm", "lru"), ("hit_ratio_warm_pool", "oracle")):
+            wanted, found = (record[key][measure][policy] for key in ("targets", "achieved"))
+            gaps.append(abs(found[slots] - wanted[slots]))
+    assert len(others) == 8
+    assert max(gaps) < 0.02
+    assert "Eight more models have a workload of their own, within 0.02" in words
+    taus = [ranking["mean_tau"] for ranking in results["rankings"]]
+    assert len(taus) == 4
+    assert f"mean Kendall tau of {min(taus):.2f} to {max(taus):.2f} in four pairs" in words
+
+
 def test_figures_of_the_small_model_are_those_of_its_report():
     pinned = read_results("small-models")["recording"]["small-moe"]["domains"]["pinned_0.5"]
     same, other = (pinned[f"{which}_domain_hit_ratio"] for which in ("same", "other"))
