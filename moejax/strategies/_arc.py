@@ -5,16 +5,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax._types import PRNGKey
-from moejax.strategies._base import Access, CacheShape, Decision, Strategy
+from moejax.strategies._base import CacheShape, Strategy
 from moejax.strategies._queue import (
     Queue,
+    cache_of_requests,
     empty_queue,
     front,
     joined,
     left,
     length,
-    serve_one_by_one,
     some,
 )
 
@@ -57,14 +56,7 @@ def arc() -> Strategy:
         queue = empty_queue(shape.num_layers, shape.num_experts)
         return ArcState(queue, queue, queue, queue, jnp.zeros(shape.num_layers, jnp.float32))
 
-    def step(state: ArcState, access: Access, key: PRNGKey | None) -> tuple[ArcState, Decision]:
-        def request(state: ArcState, one: Bool[Array, " experts"]) -> ArcState:
-            return _request(state, one, access.capacity)
-
-        state = serve_one_by_one(state, access.demand, _is_inside(state), request)
-        return state, Decision(_is_inside(state).astype(jnp.int32))
-
-    return Strategy(init, step, reads_cache=True, keeps_layers_apart=True)
+    return cache_of_requests(init, _is_inside, _request)
 
 
 def _is_inside(state: ArcState) -> Bool[Array, " experts"]:

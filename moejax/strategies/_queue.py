@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from moejax._types import PRNGKey
+from moejax.strategies._base import Access, CacheShape, Decision, Strategy
+
 Queue: TypeAlias = Int[Array, "*layers experts"]
 State = TypeVar("State")
 
@@ -49,29 +52,39 @@ def left(queue: Int[Array, " experts"], one: Bool[Array, " experts"]) -> Int[Arr
     return jnp.where(queue == place, 0, queue - (queue > place))
 
 
-def serve_one_by_one(
-    state: State,
-    demand: Int[Array, " experts"],
-    is_inside: Bool[Array, " experts"],
-    request: Callable[[State, Bool[Array, " experts"]], State],
-) -> State:
-    """Requests the experts of a set one after another: first who is inside, then the others.
+def cache_of_requests(
+    init: Callable[[CacheShape], State],
+    is_inside: Callable[[State], Bool[Array, " experts"]],
+    request: Callable[[State, Bool[Array, " experts"], Int[Array, ""]], State],
+) -> Strategy:
+    """A strategy for one layer's slots out of a cache that is asked for one expert at a time.
 
-    So a set that is resident is used before anything is evicted for the rest of it, and sets of
-    one are what a cache of single requests sees.
+    The experts of a set are requested one after another, first who is inside, then the others, by
+    id. So a set that is resident is used before anything is evicted for the rest of it, and sets
+    of one are what the cache of single requests sees.
 
     Args:
-      state: What `request` works on.
-      demand: The set: whoever is demanded at all.
-      is_inside: Who is in the cache before the event.
-      request: Serves one expert.
+      init: Builds the cache of every layer, with nobody inside.
+      is_inside: Who is in the cache.
+      request: Serves one expert, given the capacity.
     """
-    hit, miss = (demand > 0) & is_inside, (demand > 0) & ~is_inside
-    num_hits, num_misses = hit.sum(dtype=jnp.int32), miss.sum(dtype=jnp.int32)
-    hit_turn = jnp.cumsum(hit.astype(jnp.int32))
-    miss_turn = num_hits + jnp.cumsum(miss.astype(jnp.int32))
 
-    def serve(turn, state):
-        return request(state, hit & (hit_turn == turn) | miss & (miss_turn == turn))
+    def step(state: State, access: Access, key: PRNGKey | None) -> tuple[State, Decision]:
+        demanded, inside = access.demand > 0, is_inside(state)
+        turn = _turns(demanded & inside, demanded & ~inside)
 
-    return jax.lax.fori_loop(1, num_hits + num_misses + 1, serve, state)
+        def serve(now: Int[Array, ""], state: State) -> State:
+            return request(state, turn == now, access.capacity)
+
+        num_turns = demanded.sum(dtype=jnp.int32)
+        state = jax.lax.fori_loop(1, num_turns + 1, serve, state)
+        return state, Decision(is_inside(state).astype(jnp.int32))
+
+    return Strategy(init, step, reads_cache=True, keeps_layers_apart=True)
+
+
+def _turns(first: Bool[Array, " experts"], then: Bool[Array, " experts"]) -> Int[Array, " experts"]:
+    """When each is served, from 1 on; 0 is never."""
+    first_turn = jnp.cumsum(first.astype(jnp.int32))
+    then_turn = first.sum(dtype=jnp.int32) + jnp.cumsum(then.astype(jnp.int32))
+    return jnp.where(first, first_turn, jnp.where(then, then_turn, 0))

@@ -5,16 +5,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from moejax._types import PRNGKey
-from moejax.strategies._base import Access, CacheShape, Decision, Strategy
+from moejax.strategies._base import CacheShape, Strategy
 from moejax.strategies._queue import (
     Queue,
+    cache_of_requests,
     empty_queue,
     front,
     joined,
     left,
     length,
-    serve_one_by_one,
     some,
 )
 
@@ -32,14 +31,14 @@ class S3FifoState(NamedTuple):
       main: Experts that proved themselves.
       ghost: Experts that lately failed the probation; they are not resident.
       num_uses: Uses since arrival, up to 3; the hand of `main` takes one away as it passes.
-      num_evictions: 0 before anything was evicted, then 1.
+      has_evicted: Whether the cache has filled up once.
     """
 
     small: Queue
     main: Queue
     ghost: Queue
     num_uses: Int[Array, "*layers experts"]
-    num_evictions: Int[Array, "*layers"]
+    has_evicted: Bool[Array, "*layers"]
 
 
 def s3fifo() -> Strategy:
@@ -58,18 +57,9 @@ def s3fifo() -> Strategy:
 
     def init(shape: CacheShape) -> S3FifoState:
         queue = empty_queue(shape.num_layers, shape.num_experts)
-        return S3FifoState(queue, queue, queue, queue, jnp.zeros(shape.num_layers, jnp.int32))
+        return S3FifoState(queue, queue, queue, queue, jnp.zeros(shape.num_layers, bool))
 
-    def step(
-        state: S3FifoState, access: Access, key: PRNGKey | None
-    ) -> tuple[S3FifoState, Decision]:
-        def request(state: S3FifoState, one: Bool[Array, " experts"]) -> S3FifoState:
-            return _request(state, one, access.capacity)
-
-        state = serve_one_by_one(state, access.demand, _is_inside(state), request)
-        return state, Decision(_is_inside(state).astype(jnp.int32))
-
-    return Strategy(init, step, reads_cache=True, keeps_layers_apart=True)
+    return cache_of_requests(init, _is_inside, _request)
 
 
 def _is_inside(state: S3FifoState) -> Bool[Array, " experts"]:
@@ -85,7 +75,7 @@ def _request(
     state = state._replace(num_uses=num_uses, ghost=left(state.ghost, is_ghost))
     must_evict = some(is_new) & (length(state.small) + length(state.main) >= capacity)
     state = _where(must_evict, _evict(state, capacity), state)
-    fills_up = (state.num_evictions == 0) & (length(state.small) >= _small_slots(capacity))
+    fills_up = ~state.has_evicted & (length(state.small) >= _small_slots(capacity))
     joins_main = some(is_ghost) | fills_up
     return state._replace(
         small=joined(state.small, is_new & ~joins_main),
@@ -97,12 +87,11 @@ def _request(
 def _evict(state: S3FifoState, capacity: Int[Array, ""]) -> S3FifoState:
     """One eviction: from probation, or from the main queue where that is too long."""
     main_first = length(state.main) > capacity - _small_slots(capacity)
-    state = state._replace(num_evictions=jnp.ones_like(state.num_evictions))
+    state = state._replace(has_evicted=jnp.ones_like(state.has_evicted))
     proved = _where(main_first, state, _end_probation(state, capacity))
-    has_evicted = length(proved.small) + length(proved.main) < (
-        length(state.small) + length(state.main)
-    )
-    return _where(has_evicted, proved, _evict_from_main(proved))
+    num_before = length(state.small) + length(state.main)
+    is_done = length(proved.small) + length(proved.main) < num_before
+    return _where(is_done, proved, _evict_from_main(proved))
 
 
 def _end_probation(state: S3FifoState, capacity: Int[Array, ""]) -> S3FifoState:

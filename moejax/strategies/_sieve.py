@@ -5,15 +5,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from moejax._types import PRNGKey
-from moejax.strategies._base import Access, CacheShape, Decision, Strategy
+from moejax.strategies._base import CacheShape, Strategy
 from moejax.strategies._queue import (
     Queue,
+    cache_of_requests,
     empty_queue,
     joined,
     left,
     length,
-    serve_one_by_one,
     some,
 )
 
@@ -50,14 +49,11 @@ def sieve() -> Strategy:
         queue = empty_queue(shape.num_layers, shape.num_experts)
         return SieveState(queue, queue > 0, jnp.zeros(shape.num_layers, jnp.int32))
 
-    def step(state: SieveState, access: Access, key: PRNGKey | None) -> tuple[SieveState, Decision]:
-        def request(state: SieveState, one: Bool[Array, " experts"]) -> SieveState:
-            return _request(state, one, access.capacity)
+    return cache_of_requests(init, _is_inside, _request)
 
-        state = serve_one_by_one(state, access.demand, state.queue > 0, request)
-        return state, Decision((state.queue > 0).astype(jnp.int32))
 
-    return Strategy(init, step, reads_cache=True, keeps_layers_apart=True)
+def _is_inside(state: SieveState) -> Bool[Array, " experts"]:
+    return state.queue > 0
 
 
 def _request(
