@@ -223,7 +223,9 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="that count in a case")
     parser.add_argument("--slots", type=int, default=8, help="of a layer, where a part takes one")
     parser.add_argument("--parts", type=parts, default=[p for p in PARTS if p not in BY_NAME])
-    parser.add_argument("--strategies", type=strategies, default=list(STRATEGIES), help="of ladder")
+    parser.add_argument(
+        "--strategies", type=strategies, default=list(STRATEGIES), help="of check, ladder"
+    )
     parser.add_argument("--max-seconds", type=float, default=540, help="start nothing after that")
     parser.add_argument("--case-seconds", type=float, default=15, help="that a case may take")
     parser.add_argument("--baseline-python", default=sys.executable, help="one that has torch")
@@ -484,9 +486,9 @@ def measure_check(run: Run) -> None:
 
 def check_cases(run: Run) -> Iterator[EngineCase]:
     slots = fitting(CHECK_SLOTS, run.config)
-    for name, kind in STRATEGIES.items():
-        is_apart = not kind.needs_profile and kind.make(None).keeps_layers_apart
-        scopes = ("layer",) if is_apart else ("layer", "pool")
+    for name in run.options.strategies:
+        kind = STRATEGIES[name]
+        scopes = ("layer",) if kind.keeps_layers_apart else ("layer", "pool")
         for one in make_cases(
             [name], slots, scopes, (1, 4), ("",), num_experts=run.config.num_experts
         ):

@@ -12,7 +12,7 @@ from moejax.errors import UsageError
 from moejax.offload import Scope
 from moejax.qwen_moe import write_config
 from moejax.results import capture_environment, to_plain
-from moejax.strategies import STRATEGIES, Profile, Strategy
+from moejax.strategies import STRATEGIES, Profile, Strategy, check_pool
 
 from ._engine_case import (
     ROUTER,
@@ -232,7 +232,7 @@ def make_cases(
 
     Raises:
       UsageError: A layer has fewer experts than slots, or a strategy needs the future and nothing
-        is replayed, or needs a profile and has none.
+        is replayed, or needs a profile and has none, or cannot serve a pool.
     """
     if max(slots) > num_experts:
         raise UsageError(
@@ -245,6 +245,8 @@ def make_cases(
                 f"{name} needs the future, which only a replay knows", "Give a trace with --replay."
             )
         _check_profile(name, has_profile)
+        if "pool" in scopes:
+            check_pool(STRATEGIES[name].keeps_layers_apart, name)
     for name in strategies:
         for scope in scopes:
             for count in slots:

@@ -80,7 +80,7 @@ class OffloadEngine:
         self.num_compiles = {"decode": 0}
         check_fit(model.config, store, plan)
         if plan.scope == "pool":
-            check_pool(strategy)
+            check_pool(strategy.keeps_layers_apart)
         self._store, self._strategy = store, strategy
         shape = CacheShape(
             len(self.config.moe_layers), self.config.num_experts, self.config.num_experts_per_tok, 1

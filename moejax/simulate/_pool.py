@@ -51,7 +51,7 @@ def pool(
       UsageError: The strategy orders only the experts of one layer.
       BackendError: Not even one capacity fits in memory.
     """
-    check_pool(strategy)
+    check_pool(strategy.keeps_layers_apart)
     is_stream = isinstance(replay, Stream)
     table = replay.experts if is_stream else replay.demand
     num_steps, num_layers, num_experts = table.shape

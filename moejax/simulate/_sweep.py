@@ -13,7 +13,7 @@ from moejax.simulate._pool import pool
 from moejax.simulate._ranks import Counts, Marks, ranks
 from moejax.simulate._replay import Replay
 from moejax.simulate._timeline import Record, timeline
-from moejax.strategies import STRATEGIES, Profile, Strategy, always_admit
+from moejax.strategies import STRATEGIES, Profile, Strategy, always_admit, check_pool
 
 Progress = Callable[[int, int, str], None]
 
@@ -79,7 +79,13 @@ def sweep_pool(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """`sweep` with one pool for all layers, without times; capacities are in units of `weight`."""
+    """`sweep` with one pool for all layers, without times; capacities are in units of `weight`.
+
+    Raises:
+      UsageError: One of the strategies cannot serve a pool.
+    """
+    for name in strategies:
+        check_pool(STRATEGIES[name].keeps_layers_apart, name)
     records = []
     for done, name in enumerate(strategies):
         strategy = STRATEGIES[name].make(profile)

@@ -65,6 +65,11 @@ class Kind(NamedTuple):
     needs_future: bool = False
     needs_lookahead: bool = False
 
+    @property
+    def keeps_layers_apart(self) -> bool:
+        """`Strategy.keeps_layers_apart`; what a profile pins is ordered over all layers alike."""
+        return not self.needs_profile and self.make(None).keeps_layers_apart
+
 
 STRATEGIES: Mapping[str, Kind] = MappingProxyType(
     {

@@ -146,14 +146,18 @@ class Strategy(NamedTuple):
         return self.reach > 0
 
 
-def check_pool(strategy: Strategy) -> None:
+def check_pool(keeps_layers_apart: bool, name: str = "this strategy") -> None:
     """Refuses a strategy whose scores order only the experts of one layer.
 
+    Args:
+      keeps_layers_apart: What the strategy says of itself.
+      name: What a user calls it.
+
     Raises:
-      UsageError: It cannot serve a pool.
+      UsageError: It cannot.
     """
-    if strategy.keeps_layers_apart:
+    if keeps_layers_apart:
         raise UsageError(
-            "this strategy keeps a queue for each layer, and a pool is shared by all layers",
+            f"{name} keeps each layer apart, and a pool is shared by all layers",
             "Use --scope layer, or a strategy such as lru.",
         )

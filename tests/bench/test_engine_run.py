@@ -172,6 +172,11 @@ def test_another_model_is_told_apart_by_its_bits(rig):
     assert not is_identical(transcript(engine, 1, 4, seed=3), resident)
 
 
+def test_a_pool_for_what_keeps_layers_apart_is_refused_before_anything_runs():
+    with pytest.raises(UsageError, match="sieve keeps each layer apart"):
+        list(make_cases(["lru", "sieve"], [2], ["layer", "pool"], [1], ["a"], num_experts=6))
+
+
 def test_cases_are_every_combination():
     cases = list(make_cases(["lru", "lfu"], [2, 4], ["pool"], [1, 3], ["a"], num_experts=6))
     assert len(cases) == len(set(cases)) == 8

@@ -204,6 +204,7 @@ USAGE = [
     (f"{REPLAY} --capacity big", "--capacity: 'big' is not a size"),
     (f"{REPLAY} --scope both", "'both'"),
     (f"{REPLAY} --scope pool --hardware rtx-3090", "not a pool"),
+    (f"{REPLAY} --scope pool --strategy lru,sieve", "sieve keeps each layer apart"),
     (f"{REPLAY} --reset-per-request --batch-size 2", "--reset-per-request"),
     (f"{REPLAY} --max-steps 0", "--max-steps"),
     (f"{REPLAY} --workload uniform", "exclude each other"),

@@ -95,6 +95,7 @@ def test_the_registry_lists_the_study_first_and_says_what_is_needed():
     assert len({kind.label for kind in STRATEGIES.values()}) == len(STRATEGIES)
     for name, kind in STRATEGIES.items():
         assert kind.needs_profile == (name == "top_k")
+        assert kind.keeps_layers_apart == BUILT[name].keeps_layers_apart
         if not kind.needs_profile:
             assert isinstance(kind.make(None), Strategy)
 
