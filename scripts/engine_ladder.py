@@ -51,12 +51,17 @@ def _counts(results: Row, summary: Row) -> str:
     """What was compared on the spot, and what could be made again here."""
     checked = [row["simulator_counts_equal"] for row in results["engine"]]
     checked = [is_equal for is_equal in checked if is_equal is not None]
-    return (
+    words = (
         f"Where it was measured, {sum(checked)} of {len(checked)} cases counted event by event "
         "what the simulator counts on the routing they replayed. "
         f"{summary['num_counts_equal']} of {summary['num_counted']} do so on the routing as it is "
-        "made again here for the timeline: a workload's routing that was drawn on a GPU is not, "
-        "choice by choice, the one drawn on a CPU."
+        "made again here for the timeline"
+    )
+    if summary["num_counts_equal"] == summary["num_counted"]:
+        return f"{words}."
+    return (
+        f"{words}: a workload's routing that was drawn on a GPU is not, choice by choice, the one "
+        "drawn on a CPU."
     )
 
 

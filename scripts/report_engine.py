@@ -3,10 +3,12 @@
     python scripts/report_engine.py
     python scripts/report_engine.py --take results.json --checks checks.json
     python scripts/report_engine.py --take results.json --out reports/h200-engine
+    python scripts/report_engine.py --take fit.json ladder.json --out reports/h100-ladder
 
 The first makes report.md and the figures of results.json; the second takes a run of
-scripts/bench_engine.py before that, and what its part `check` found, also of fewer layers. With a
-run, or with --ladder, every case is predicted and simulated and goes into the results as well.
+scripts/bench_engine.py before that, and what its part `check` found, also of fewer layers. Several
+runs are joined: the facts of the first, the cases of all. With a run, or with --ladder, every case
+is predicted and simulated and goes into the results as well.
 """
 
 import argparse
@@ -51,18 +53,22 @@ OURS, HOST, THEIRS = "#5A1FE0", "#EA5A0C", "#8C1C13"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes the report on the engine.")
-    parser.add_argument("--take", type=Path, metavar="FILE", help="a run of bench_engine.py")
+    parser.add_argument(
+        "--take", type=Path, nargs="+", metavar="FILE", help="runs of bench_engine.py, joined"
+    )
     parser.add_argument("--checks", type=Path, metavar="FILE", help="a run of its part check")
     parser.add_argument("--ladder", action="store_true", help="predict and simulate cases anew")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where results.json lies")
     options = parser.parse_args(argv)
     path = options.out / "results.json"
     try:
-        results = read_run(options.take or path)
+        results = joined([read_run(file) for file in options.take or [path]])
         if options.checks is not None:
             results = with_checks(results, read_run(options.checks))
         if not results["engine"]:
-            raise BadFileError(f"{options.take or path} holds no case", "Measure some first.")
+            raise BadFileError(
+                f"{(options.take or [path])[0]} holds no case", "Measure some first."
+            )
         if "measured" in results:
             profile = machine_profile(results, command="scripts/bench_engine.py")
             write_text(options.out / "this-machine.toml", format_profile(profile))
@@ -97,6 +103,27 @@ def read_run(path: Path) -> Row:
             f"{path} is no run of the engine", "Make one by scripts/bench_engine.py."
         )
     return results
+
+
+def joined(files: Sequence[Row]) -> Row:
+    """Several runs as one: the facts of the first, the cases of all.
+
+    Raises:
+      BadFileError: They are of different models or devices.
+    """
+    first, *others = files
+    for other in others:
+        for name in ("model", "settings"):
+            if other.get(name) != first.get(name):
+                raise BadFileError(f"the runs differ in {name}", "Join runs that are alike.")
+        if other["environment"]["device"] != first["environment"]["device"]:
+            raise BadFileError("the runs differ in device", "Join runs that are alike.")
+    if not others:
+        return first
+    rows = {
+        name: [row for file in files for row in file[name]] for name in ("engine", "runs", "failed")
+    }
+    return {**first, **rows, "num_files": len(files)}
 
 
 def with_checks(results: Row, other: Row) -> Row:
@@ -202,6 +229,7 @@ def page(results: Row, command: str = COMMAND) -> str:
         *ladder_section(results, _table),
         *_profile_section(results),
         "## Rates and runs",
+        *_joined_words(results),
         _runs_table(results),
         *_failures(results),
     ]
@@ -402,6 +430,15 @@ def _profile_section(results: Row) -> list[str]:
         "programs; `--hardware` takes [this-machine.toml](this-machine.toml), which also says what "
         "was not measured.",
         _table(("constant", "value", "standard error", "kind", "source"), rows, "lrrll"),
+    ]
+
+
+def _joined_words(results: Row) -> list[str]:
+    if "num_files" not in results:
+        return []
+    return [
+        f"These are {results['num_files']} files joined, made on machines of one kind that need "
+        "not be the same machine."
     ]
 
 

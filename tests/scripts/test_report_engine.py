@@ -167,6 +167,27 @@ def test_checks_of_another_run_are_noted_in_the_records(results):
     assert merged["checks"][0]["num_layers"] == 4
 
 
+def test_runs_that_are_alike_are_joined(results, tmp_path):
+    other = copy.deepcopy(results)
+    other["engine"] = [record("fifo", step_s=0.0031)]
+    paths = [write(tmp_path / f"{i}.json", one) for i, one in enumerate((results, other))]
+    out = tmp_path / "report"
+    assert report_engine.main(["--take", *paths, "--out", str(out)]) == 0
+    found = read_json(out / "results.json")
+    assert found["engine"] == [*results["engine"], *other["engine"]]
+    assert len(found["runs"]) == found["num_files"] == 2
+    assert "These are 2 files joined" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_runs_of_different_models_are_not_joined(results, tmp_path, capsys):
+    other = copy.deepcopy(results)
+    other["model"]["name"] = "another-moe"
+    paths = [write(tmp_path / f"{i}.json", one) for i, one in enumerate((results, other))]
+    assert report_engine.main(["--take", *paths, "--out", str(tmp_path / "out")]) == 4
+    assert "the runs differ in model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_file_is_refused(tmp_path, capsys):
     path = write(tmp_path / "x.json", {"schema": "moejax.run/1"})
     assert report_engine.main(["--take", path, "--out", str(tmp_path / "out")]) == 4
