@@ -21,7 +21,6 @@ from moejax.results import read_json, write_text
 FOLDER = models_dir().parent / "reports" / "workload-calibration"
 SCHEMA = "moejax.workload-calibration/2"
 PNG_DOTS_PER_INCH = 160
-DEFAULT_GATES = ("4", "8", "16", "30", "45")
 TITLES = {"lru": "LRU", "lfu": "LFU", "oracle": "Belady", "top_k": "pinned top-K"}
 MEASURES = {
     "hit_ratio": "every load a miss",
@@ -165,7 +164,7 @@ def table(record: Row) -> str:
         target, value = (record[part][measure][name] for part in ("targets", "achieved"))
         if rest:
             target, value = target[rest[0]], value[rest[0]]
-        gate = " (gate)" if _is_gated(record, path) else ""
+        gate = " (gate)" if record["tolerances"][path] is not None else ""
         if measure == "statistics":
             wanted = f"{target[0]:.2f} to {target[1]:.2f}"
             rows.append((name, "", wanted, f"{value:.3f}", f"{miss:+.3f}"))
@@ -178,19 +177,12 @@ def table(record: Row) -> str:
     return _table(("figure", "slots or batch", "target", "achieved", "deviation"), rows)
 
 
-def _is_gated(record: Row, path: str) -> bool:
-    if record["model"] == "qwen1.5-moe-a2.7b" and "hit_ratio_warm" in path:
-        return path.split(" ")[-1] in DEFAULT_GATES
-    return record["tolerances"][path] is not None
-
-
 def _head(results: Row) -> str:
     name = results["default_workload"]
-    misses = results["workloads"][name]["deviations"]
-    worst = max(
-        (path for path in misses if path.split(" ")[-1] in DEFAULT_GATES),
-        key=lambda path: abs(misses[path]),
-    )
+    record = results["workloads"][name]
+    misses = record["deviations"]
+    gated = [path for path, limit in record["tolerances"].items() if limit is not None]
+    worst = max(gated, key=lambda path: abs(misses[path]))
     _, strategy, slots = worst.split(" ")
     environment = results["environment"]
     return HEAD.format(

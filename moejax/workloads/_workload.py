@@ -34,6 +34,8 @@ class Workload:
       achieved: The same figures of the workload itself, on requests not used in the fit.
       source: Where the targets come from.
       note: What the workload is good for and what it is not.
+      gated_slots: Slots of a layer at which the hit ratios must meet their targets; without any,
+        LRU and Belady must with twice the slots of one token's experts.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Workload:
     achieved: Figures
     source: str
     note: str
+    gated_slots: tuple[int, ...] = ()
 
 
 def read_workload(name_or_path: str | Path) -> Workload:
@@ -73,7 +76,8 @@ def read_workload(name_or_path: str | Path) -> Workload:
         ) from error
     for table in ("parameters", "targets", "achieved"):
         fields[table] = _read_only(fields.get(table, {}))
-    fields["fitted"] = tuple(fields.get("fitted", ()))
+    for names in ("fitted", "gated_slots"):
+        fields[names] = tuple(fields.get(names, ()))
     try:
         return Workload(**fields)
     except TypeError as error:

@@ -14,8 +14,6 @@ import _workload_rankings as rankings
 import calibrate_workload
 import report_workloads
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def results():
@@ -48,8 +46,8 @@ def test_every_gated_figure_is_met(results):
             if limit is not None:
                 num_gated += 1
                 assert abs(record["deviations"][path]) <= limit, path
-    # Two each of nine workloads, and five batch sizes.
-    assert num_gated == 23
+    # Five sizes of three policies, two each of eight workloads, and five batch sizes.
+    assert num_gated == 15 + 2 * 8 + 5
 
 
 def test_rankings_agree_with_the_recordings_beside_them(results):
@@ -63,28 +61,6 @@ def test_rankings_agree_with_the_recordings_beside_them(results):
         assert max(record["loss_ratio"]) <= 0.01
         assert record["is_same_ranking"]
         assert record["is_same_winner"]
-
-
-def test_the_readme_quotes_the_results(results):
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    others = {
-        name: record
-        for name, record in results["workloads"].items()
-        if name not in (results["default_workload"], "reference-study")
-    }
-    assert len(others) == 8
-    assert "Eight more models have a workload" in readme
-    worst = max(
-        abs(record["deviations"][path])
-        for record in others.values()
-        for path, limit in record["tolerances"].items()
-        if limit is not None and path.startswith("hit_ratio")
-    )
-    assert worst <= 0.02
-    assert "within 0.02 of the published LRU and Belady hits" in readme
-    tau = [record["mean_tau"] for record in results["rankings"]]
-    assert len(tau) == 4
-    assert f"mean Kendall tau of {min(tau):.2f} to {max(tau):.2f} in four pairs" in readme
 
 
 @pytest.mark.slow
