@@ -12,8 +12,8 @@ def least_stale() -> Strategy:
 
     An expert that this pass demands is current, every other is stale. Stale experts leave before
     current ones, and among equals the one that was loaded first leaves first. This is our reading
-    for caches that belong to one layer: the paper shares one cache between all layers, where it
-    also decides between stale experts of layers that are over and current ones of layers before.
+    of the idea for caches that belong to one layer, made from the paper's abstract; its own rule
+    may differ, and its figures are not to be expected here.
 
     Returns:
       A `Strategy` of one layer's slots; it reads residency.

@@ -1,4 +1,4 @@
-"""How time grows with capacities, layers and experts: ratios in one run, never seconds."""
+"""How time grows with capacities, layers and steps: ratios in one run, never seconds."""
 
 import time
 
