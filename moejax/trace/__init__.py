@@ -13,6 +13,7 @@ from ._named import find_trace as find_trace
 from ._named import trace_note as trace_note
 from ._select import select_requests as select_requests
 from ._select import split_profile as split_profile
+from ._share import share_of as share_of
 from ._statistics import TraceStatistics as TraceStatistics
 from ._statistics import statistics as statistics
 from ._trace import Trace as Trace
