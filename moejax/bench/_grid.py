@@ -14,11 +14,12 @@ from jaxtyping import Int
 from moejax.bench._requests import Requests, batch_lookahead, draw_run
 from moejax.cards import Hardware, ModelSpec
 from moejax.cost import LayerClock, layer_clock
-from moejax.simulate import Record, Replay, replay, spread_over, step_means, timeline
+from moejax.simulate import Record, Replay, apart, replay, spread_over, step_means, timeline
 from moejax.strategies import STRATEGIES, Profile, Strategy, within_reach
 from moejax.trace import Trace, batch_trace
 
 MAX_LANES = 64
+"""Lanes that one device simulates side by side."""
 # A timeline is a chain of small programs that keeps one core busy; what another thread hands over
 # runs beside it.
 _NUM_THREADS = 2
@@ -150,7 +151,7 @@ def simulate_lanes(
       UsageError: There are not so many devices.
     """
     spread = spread_over(num_devices)
-    width = min(MAX_LANES, -(-len(lanes) // _NUM_THREADS))
+    width = min(MAX_LANES * num_devices, -(-len(lanes) // _NUM_THREADS))
     width += -width % num_devices
 
     def arguments(start: int):
@@ -166,7 +167,7 @@ def simulate_lanes(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         arguments(0),
     )
-    compiled = _compile_lanes(strategy, topk, depths is not None, shapes)
+    compiled = _compile_lanes(strategy, topk, depths is not None, shapes, num_devices)
 
     def simulate(start: int) -> list[Record]:
         record = jax.device_get(compiled(*arguments(start)))
@@ -179,10 +180,13 @@ def simulate_lanes(
 
 
 @functools.lru_cache(maxsize=32)
-def _compile_lanes(strategy: Strategy, topk: int, limits_depth: bool, shapes: tuple):
+def _compile_lanes(
+    strategy: Strategy, topk: int, limits_depth: bool, shapes: tuple, num_devices: int
+):
     """The program of lanes of such shapes; the same strategy object is compiled once."""
 
     @jax.jit
+    @functools.partial(apart, num_devices)
     @jax.vmap
     def run(lane, clock, capacity, key, depth):
         limited = within_reach(strategy, depth) if limits_depth else strategy

@@ -8,6 +8,7 @@ from moejax.simulate._hit_curve import hit_curve as hit_curve
 from moejax.simulate._hit_curve import lru_hit_curve as lru_hit_curve
 from moejax.simulate._memory import num_passes as num_passes
 from moejax.simulate._memory import replay_bytes as replay_bytes
+from moejax.simulate._mesh import apart as apart
 from moejax.simulate._mesh import spread_over as spread_over
 from moejax.simulate._pool import pool as pool
 from moejax.simulate._prefetch import PrefetchSchedule as PrefetchSchedule

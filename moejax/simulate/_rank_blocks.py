@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from moejax.simulate._blocks import Block, moments_of
-from moejax.simulate._mesh import ALL, COLUMNS, ROWS, on_mesh
+from moejax.simulate._mesh import ALL, COLUMNS, ROWS, on_mesh, placed
 from moejax.simulate._replay import Moment, layer_accesses
 from moejax.simulate._select import Steps, Tally, select_block
 from moejax.simulate._words import (
@@ -85,7 +85,7 @@ def shared(kind: Kind, carry: _SharedCarry | None, tally, block, marks, slots, k
         nothing = (jnp.zeros(slots.shape, jnp.uint32),) * num_words
         unseen = (jnp.zeros(len(slots), jnp.uint32),) * num_words
         state = _copies(kind.strategy.init(kind.shape), _num_lanes(block))
-        carry = _SharedCarry(state, nothing, unseen)
+        carry = placed(kind.mesh, _SharedCarry(state, nothing, unseen))
     state, score, demand, admit = scored(kind, carry.state, block, marks.is_reset, key)
     planes = _ranker.submit(_plane_block, kind.mesh, score).result()
     is_reset = marks.is_reset if kind.resets else None
@@ -183,7 +183,8 @@ class _OwnCarry(NamedTuple):
 def per_capacity(kind: Kind, carry: _OwnCarry | None, tally, block, marks, slots, key):
     """Scores and selects for each capacity by itself."""
     if carry is None:
-        carry = _copies(_own_start(kind, slots.shape[1]), _num_lanes(block))
+        start = _own_start(kind, slots.shape[1])
+        carry = placed(kind.mesh, _copies(start, _num_lanes(block)))
     return _own_block(kind, carry, tally, block, marks, slots, key)
 
 

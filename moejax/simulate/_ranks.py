@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from moejax.errors import UsageError
 from moejax.simulate._blocks import BLOCK_STEPS, Stream, block_at
 from moejax.simulate._memory import num_passes
-from moejax.simulate._mesh import local_mesh
+from moejax.simulate._mesh import local_mesh, placed
 from moejax.simulate._rank_blocks import Kind, per_capacity, shared
 from moejax.simulate._replay import MAX_DEPTH, Replay
 from moejax.simulate._select import Tally, no_tally
@@ -182,11 +182,12 @@ def _ranks(
     if not strategy.reads_cache and num_capacities > _VECTOR:
         slots = np.pad(slots, ((0, 0), (0, -num_capacities % _VECTOR)))
     slots = jnp.asarray(slots, jnp.int32)
+    slots, nothing, key = placed(mesh, (slots, no_tally(slots), key))
     all_decode = bool(marks.is_decode.all())
     run = per_capacity if strategy.reads_cache else shared
     carry: Any = None
     total = None
-    tally = waiting = nothing = no_tally(slots)
+    tally = waiting = nothing
     for number, start in enumerate(range(0, num_steps, BLOCK_STEPS)):
         block = block_at(
             replay, start, with_future=strategy.reads_future, with_gates=strategy.reads_gates
