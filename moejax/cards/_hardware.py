@@ -30,6 +30,8 @@ CONSTANT_NAMES = (
     "overlap_ratio",
     "batched_layer_s",
     "prefetch_overlap_ratio",
+    "all_reduce_latency_s",
+    "all_reduce_bytes_per_s",
     "price_usd",
 )
 """Every constant a profile may state; what the cost model needs and finds missing it names."""

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, cast
 
+from moejax.errors import UsageError
 from moejax.units import parse_bytes
 
 if TYPE_CHECKING:
     from moejax.cards import Hardware, ModelSpec
     from moejax.simulate import HitCurve
     from moejax.trace import Trace
-    from moejax.tune import Certainty, Objective, Plan, TierProblem
+    from moejax.tune import Certainty, DevicesPlan, Objective, Plan, TierProblem
 
 _SAMPLE_STEPS = 1024
 _MAX_STEPS = 4096
@@ -79,6 +80,78 @@ def make_plan(
         context_tokens=context_tokens,
         seed=seed,
     )
+
+
+def make_devices_plan(
+    routing: "Trace",
+    spec: "ModelSpec",
+    hardware: "Hardware",
+    budget_bytes: int,
+    num_devices: int,
+    *,
+    pinned_budget_bytes: int = parse_bytes(DEFAULT_PINNED),
+    strategy: str = "lru",
+    batch_size: int = 1,
+    context_tokens: int = 512,
+    include_dense: bool = False,
+    seed: int = 0,
+) -> "DevicesPlan":
+    """Tunes the slots of several devices that share the experts, each with the budget.
+
+    The other arguments are those of `make_plan`.
+
+    Raises:
+      BadFileError: The trace is not this model's.
+      InfeasibleBudgetError: A budget holds not even the smallest plan.
+      UsageError: The strategy is not `lru`, or there are more devices than experts.
+    """
+    from moejax.bench import check_shape
+    from moejax.simulate import lru_hit_curve
+    from moejax.trace import batch_trace, share_of
+    from moejax.tune import devices_problem, tune_devices
+
+    check_shape(routing, spec)
+    if strategy != "lru":
+        raise UsageError(
+            f"the slower of several devices needs the misses of single steps, and {strategy} tells "
+            "only their mean",
+            "Only the closed form of lru has them: use --strategy lru, or --devices 1.",
+        )
+
+    shares = [share_of(routing, device, num_devices) for device in range(num_devices)]
+    curves = [
+        lru_hit_curve(
+            batch_trace(share, batch_size, num_steps=_MAX_STEPS),
+            share.num_experts,
+            keep_steps=_SAMPLE_STEPS,
+        )
+        for share in shares
+    ]
+    problem = devices_problem(
+        hardware,
+        spec,
+        [curve.step_misses_warm for curve in curves],
+        budget_bytes=budget_bytes,
+        pinned_budget_bytes=pinned_budget_bytes,
+        strategy=strategy,
+        batch_size=batch_size,
+        context_tokens=context_tokens,
+        expert_bytes=None if routing.expert_bytes is None else routing.expert_bytes.tolist(),
+        include_dense=include_dense,
+    )
+    alone, _ = make_plan(
+        routing,
+        spec,
+        hardware,
+        budget_bytes,
+        pinned_budget_bytes=pinned_budget_bytes,
+        strategy=strategy,
+        batch_size=batch_size,
+        context_tokens=context_tokens,
+        include_dense=include_dense,
+        seed=seed,
+    )
+    return tune_devices(problem, alone.step_latency_s)
 
 
 def _curve(trace: "Trace", strategy: str, batch_size: int, seed: int) -> "HitCurve":

@@ -1,13 +1,14 @@
 """`moejax tune-cache`: how many slots each layer gets in each memory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moejax.errors import UsageError
 from moejax.units import format_bytes, format_ratio, format_seconds
 
+from ._devices_plan import show_devices_plan, span
 from ._options import (
     DEFAULT_HARDWARE,
     HardwareOption,
@@ -23,7 +24,7 @@ from ._options import (
 from ._output import OutputFormat, emit
 from ._progress import say
 from ._routing import model_name, open_routing, recorded_trace, workload_of
-from ._tuning import DEFAULT_HOST, DEFAULT_PINNED, make_plan
+from ._tuning import DEFAULT_HOST, DEFAULT_PINNED, make_devices_plan, make_plan
 
 if TYPE_CHECKING:
     from moejax.cards import Hardware, ModelSpec
@@ -62,6 +63,15 @@ def tune_cache(
     context_tokens: Annotated[
         int, typer.Option("--context-tokens", min=1, help="Tokens in each request's KV cache.")
     ] = 512,
+    devices: Annotated[
+        int,
+        typer.Option(
+            "--devices",
+            min=1,
+            metavar="N",
+            help="Devices that share the experts, each with the budget and a link of its own.",
+        ),
+    ] = 1,
     seed: SeedOption = 0,
     out: OutOption = None,
     offline: OfflineOption = False,
@@ -71,12 +81,12 @@ def tune_cache(
 
     Latencies are predicted by the cost model of a hardware profile from exact hit curves of the
     trace or workload. The plan is never worse than the same slots for every layer, and its gap to
-    the exact optimum is printed with it. --out FILE.json stores it.
+    the exact optimum is printed with it. --out FILE.json stores it. With --devices, expert e of
+    every layer belongs to device e modulo N, and a layer takes as long as its slowest device.
 
     Example: moejax tune-cache --budget 2GB
     """
     from moejax.cards import load_hardware, load_model
-    from moejax.results import write_json
     from moejax.strategies import STRATEGIES
     from moejax.tune import OBJECTIVES
 
@@ -96,6 +106,35 @@ def tune_cache(
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
     routing = recorded or open_routing(workload or workload_of(spec), seed)
+    origin = {
+        "workload": routing.workload,
+        "trace": str(trace) if trace is not None else None,
+    }
+    if devices > 1:
+        if objective != "latency":
+            raise UsageError(
+                f"--objective {objective} is not planned for {devices} devices",
+                "Use --objective latency, or --devices 1.",
+            )
+        shared = make_devices_plan(
+            routing,
+            spec,
+            profile,
+            budget_bytes,
+            devices,
+            pinned_budget_bytes=pinned_bytes,
+            strategy=strategy,
+            batch_size=batch_size,
+            context_tokens=context_tokens,
+            include_dense=include_dense,
+            seed=seed,
+        )
+        if not include_dense:
+            _warn_of_vram(budget_bytes, spec, profile)
+        _hand_over(shared.to_json() | origin, target, profile, routing.workload, output)
+        if output is OutputFormat.table:
+            show_devices_plan(shared, profile.title)
+        return
     plan, sure = make_plan(
         routing,
         spec,
@@ -117,20 +156,32 @@ def tune_cache(
         "beats_uniform_probability": None if sure is None else sure.beats_uniform_probability,
         "beats_lru_probability": None if sure is None else sure.beats_lru_probability,
         "ties": None if sure is None else list(sure.ties),
-        "workload": routing.workload,
-        "trace": str(trace) if trace is not None else None,
+        **origin,
     }
-    if target is not None:
-        write_json(target, record)
-        say(f"wrote {target}")
-    say(f"predicted with the profile {profile.name}: {profile.title}")
-    if routing.workload:
-        say(f"routing is synthetic: the workload {routing.workload!r}")
+    _hand_over(record, target, profile, routing.workload, output)
     if sure is None:
         say(f"the profile {profile.name} does not say how sure it is: there is no interval")
     if output is OutputFormat.table:
         _show(plan, sure, profile.title)
-    else:
+
+
+def _hand_over(
+    record: dict[str, Any],
+    target: Path | None,
+    hardware: "Hardware",
+    workload: str | None,
+    output: OutputFormat,
+) -> None:
+    """Stores the plan, says what it rests on, and prints it unless it becomes a table."""
+    from moejax.results import write_json
+
+    if target is not None:
+        write_json(target, record)
+        say(f"wrote {target}")
+    say(f"predicted with the profile {hardware.name}: {hardware.title}")
+    if workload:
+        say(f"routing is synthetic: the workload {workload!r}")
+    if output is not OutputFormat.table:
         emit(record, output)
 
 
@@ -161,7 +212,7 @@ def _show(plan: "Plan", sure: "Certainty | None", hardware: str) -> None:
             "memory": tier.memory,
             "capacity_bytes": tier.capacity_bytes,
             "slots": sum(tier.experts_per_layer),
-            "slots_per_layer": _span(tier.experts_per_layer),
+            "slots_per_layer": span(tier.experts_per_layer),
         }
         for tier in plan.tiers
     ]
@@ -202,8 +253,3 @@ def _chances(plan: "Plan", sure: "Certainty | None") -> dict[str, float]:
     if plan.strategy != "lru":
         chances["lru with equal slots"] = sure.beats_lru_probability
     return chances
-
-
-def _span(slots: tuple[int, ...]) -> str:
-    low, high = min(slots), max(slots)
-    return str(low) if low == high else f"{low} to {high}: {' '.join(map(str, slots))}"

@@ -1,5 +1,7 @@
 """Cost model: what copies and compute take on one machine, in closed form and differentiable."""
 
+from ._all_reduce import all_reduce_s as all_reduce_s
+from ._all_reduce import knows_all_reduce as knows_all_reduce
 from ._clock import LayerClock as LayerClock
 from ._clock import clock_from_parameters as clock_from_parameters
 from ._clock import layer_clock as layer_clock

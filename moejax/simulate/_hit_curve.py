@@ -43,6 +43,23 @@ class HitCurve(NamedTuple):
         """The same with cold misses forgiven: what a long run tends to."""
         return (self.num_hits + self.num_forgiven) / np.maximum(1, self.num_demands)[:, None]
 
+    @property
+    def step_misses_warm(self) -> Int[np.ndarray, "steps layers slots"]:
+        """`step_misses` with cold misses forgiven: over all steps those of `hit_ratio_warm`.
+
+        Raises:
+          ValueError: The curve was made without single steps.
+        """
+        if self.step_misses is None:
+            raise ValueError("the curve keeps no steps: make it with keep_steps")
+        # With a slot for every expert only first touches miss. The n-th of them meets a free slot
+        # in every cache of at least n.
+        first = self.step_misses[..., -1]
+        num_before = self.num_forgiven[:, -1] - first.sum(0) + first.cumsum(0) - first
+        slots = np.arange(self.step_misses.shape[-1])
+        num_forgiven = np.clip(slots - num_before[..., None], 0, first[..., None])
+        return self.step_misses - num_forgiven
+
 
 def hit_curve(
     strategy: Strategy,

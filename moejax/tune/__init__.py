@@ -1,12 +1,16 @@
 """The tuner: how many slots each layer gets in each memory tier, and what that is worth.
 
 `tier_problem` states the question from a hit curve and a hardware profile, `tune` answers it with
-a `Plan`.
+a `Plan`. `devices_problem` and `tune_devices` do so for several devices that share the experts.
 """
 
 from ._certainty import Certainty as Certainty
 from ._certainty import certainty as certainty
 from ._certainty import is_tie as is_tie
+from ._devices_plan import DevicesPlan as DevicesPlan
+from ._devices_plan import tune_devices as tune_devices
+from ._devices_problem import DevicesProblem as DevicesProblem
+from ._devices_problem import devices_problem as devices_problem
 from ._plan import OBJECTIVES as OBJECTIVES
 from ._plan import Plan as Plan
 from ._plan import TierPlan as TierPlan

@@ -255,18 +255,46 @@ def _share_device(
     sizes = np.asarray(problem.expert_bytes, np.int64)
     values, _, _ = _host_priced(lines, sizes.astype(np.float64), prices)
     best = _by_device_slots(values.max(axis=0), problem.num_experts)
-    budget_bytes = min(problem.slot_budgets_bytes[0], int(sizes.sum()) * problem.num_experts)
-    # Rounding slot bytes down to units keeps the bound a bound.
+    total, device_slots = share_budget(best, sizes, problem.slot_budgets_bytes[0])
+    budgets = np.asarray(problem.slot_budgets_bytes, np.float64)
+    return float(total + lines.fixed - prices[1:] @ budgets[1:]), device_slots
+
+
+def share_budget(
+    costs: Float[np.ndarray, "layers slots"],
+    sizes: Int[np.ndarray, " layers"],
+    budget_bytes: int,
+    *,
+    fits: bool = False,
+) -> tuple[float, Int[np.ndarray, " layers"]]:
+    """The slots of each layer that cost least together, by dynamic programming over bytes.
+
+    Args:
+      costs: What a layer costs with 0, 1, ... slots.
+      sizes: Bytes of one slot of each layer.
+      budget_bytes: Bytes of all slots.
+      fits: Where sizes differ so much that bytes are counted in coarse units: whether the slots
+        must fit, or the cost must be a lower bound. Elsewhere both are so.
+
+    Returns:
+      The cost, and the slots.
+    """
+    budget_bytes = min(budget_bytes, int(sizes.sum()) * (costs.shape[1] - 1))
     unit_bytes = int(np.gcd.reduce(sizes))
     if unit_bytes < sizes.min():
         unit_bytes *= max(1, -(-budget_bytes // (unit_bytes * _MAX_STATES)))
     num_units = budget_bytes // unit_bytes
+
+    def units(layer: int, slots: int) -> int:
+        num_bytes = slots * int(sizes[layer])
+        return -(-num_bytes // unit_bytes) if fits else num_bytes // unit_bytes
+
     total = np.zeros(num_units + 1)
     chosen = np.zeros((len(sizes), num_units + 1), np.int16)
-    for layer, costs in enumerate(best):
+    for layer, row in enumerate(costs):
         grown = np.full(num_units + 1, np.inf)
-        for slots, cost in enumerate(costs):
-            offset = slots * int(sizes[layer]) // unit_bytes
+        for slots, cost in enumerate(row):
+            offset = units(layer, slots)
             if offset > num_units:
                 break
             candidate = total[: num_units + 1 - offset] + cost
@@ -274,13 +302,12 @@ def _share_device(
             grown[offset:][is_better] = candidate[is_better]
             chosen[layer, offset:][is_better] = slots
         total = grown
-    device_slots = np.zeros(len(sizes), np.int64)
+    best_slots = np.zeros(len(sizes), np.int64)
     left = num_units
     for layer in reversed(range(len(sizes))):
-        device_slots[layer] = chosen[layer, left]
-        left -= int(device_slots[layer] * sizes[layer] // unit_bytes)
-    budgets = np.asarray(problem.slot_budgets_bytes, np.float64)
-    return float(total[num_units] + lines.fixed - prices[1:] @ budgets[1:]), device_slots
+        best_slots[layer] = chosen[layer, left]
+        left -= units(layer, int(best_slots[layer]))
+    return float(total[num_units]), best_slots
 
 
 def _by_device_slots(

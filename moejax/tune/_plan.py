@@ -29,7 +29,7 @@ _STACK_STRATEGIES = frozenset({"on_demand", "oracle", "top_k", "lru", "lfu"})
 # Strategies that evict by recency and so thrash when a shared pool is smaller than one cycle.
 _CYCLING_STRATEGIES = frozenset({"lru", "fifo", "multi_look", "intelligent", "gate_look"})
 # The cost model is off by a few per cent; a predicted gain below this is no promise.
-_NOISE_RATIO = 0.02
+NOISE_RATIO = 0.02
 
 
 @dataclass(frozen=True)
@@ -311,8 +311,8 @@ def _warnings(
             f"The mean step is {format_ratio(-gain_ratio)} slower than with equal slots in every "
             f"layer: the plan minimises {objective}."
         )
-    elif gain_ratio < _NOISE_RATIO:
+    elif gain_ratio < NOISE_RATIO:
         yield (
             f"The gain over equal slots in every layer, {format_ratio(gain_ratio)}, is below what "
-            f"the cost model can tell apart ({format_ratio(_NOISE_RATIO)})."
+            f"the cost model can tell apart ({format_ratio(NOISE_RATIO)})."
         )

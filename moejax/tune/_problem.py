@@ -167,10 +167,8 @@ def tier_problem(
         )
     fixed_bytes = 0
     if include_dense:
-        kv_bytes = batch_size * context_tokens * model.kv_bytes_per_token
-        scratch_bytes = workspace_bytes(model, batch_size)
-        fixed_bytes = model.dense_bytes + kv_bytes + scratch_bytes + int(sizes.max())
-    _check_feasible(budget_bytes, fixed_bytes, int(sizes.max()))
+        fixed_bytes = fixed_device_bytes(model, batch_size, context_tokens, int(sizes.max()))
+    check_feasible(budget_bytes, fixed_bytes, int(sizes.max()))
     clock = layer_clock(
         hardware,
         model,
@@ -247,7 +245,21 @@ def _check_ranges(
         raise UsageError(f"a lookahead of {lookahead_depth} layers", "Look at least 1 layer ahead.")
 
 
-def _check_feasible(budget_bytes: int, fixed_bytes: int, largest_expert_bytes: int) -> None:
+def fixed_device_bytes(
+    model: ModelSpec, batch_size: int, context_tokens: int, largest_expert_bytes: int
+) -> int:
+    """Bytes of a device beside slots: dense weights, KV cache, workspace and a staging expert."""
+    kv_bytes = batch_size * context_tokens * model.kv_bytes_per_token
+    scratch_bytes = workspace_bytes(model, batch_size)
+    return model.dense_bytes + kv_bytes + scratch_bytes + largest_expert_bytes
+
+
+def check_feasible(budget_bytes: int, fixed_bytes: int, largest_expert_bytes: int) -> None:
+    """Refuses a device budget that holds not even the smallest plan.
+
+    Raises:
+      InfeasibleBudgetError: The hint names the smallest one.
+    """
     # The staging expert is part of `fixed_bytes` where those count.
     smallest_bytes = fixed_bytes or largest_expert_bytes
     if budget_bytes < smallest_bytes:
