@@ -26,6 +26,7 @@ FLOORS = {
     "_types": 0,
     "errors": 0,
     "tensors": 0,
+    "devices": 0,
     "cards": 1,
     "trace": 1,
     "results": 1,
@@ -44,7 +45,12 @@ FLOORS = {
     "__main__": 6,
 }
 # Within floor 0: errors know nothing, the others raise them.
-ALLOWED_SIDEWAYS = {("units", "errors"), ("tensors", "errors"), ("trace", "cards")}
+ALLOWED_SIDEWAYS = {
+    ("units", "errors"),
+    ("tensors", "errors"),
+    ("devices", "errors"),
+    ("trace", "cards"),
+}
 # These start fast and run where jax is absent or broken, at least until a function is called.
 WITHOUT_JAX = (
     "cards",

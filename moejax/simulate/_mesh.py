@@ -4,46 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.errors import UsageError
+from moejax.devices import local_mesh, on_mesh
 
 AXIS = "lanes"
 # What leads with lanes, what leads with steps, and what every device sees whole.
 ROWS, COLUMNS, ALL = PartitionSpec(AXIS), PartitionSpec(None, AXIS), PartitionSpec()
-
-
-def local_mesh(num_devices: int) -> Mesh:
-    """The first devices of this process, one axis of lanes.
-
-    Raises:
-      UsageError: There are not so many devices.
-    """
-    devices = jax.local_devices()
-    if not 1 <= num_devices <= len(devices):
-        raise UsageError(
-            f"{num_devices} device(s) are asked for, and there are {len(devices)} of platform "
-            f"{devices[0].platform}",
-            f"Use 1 to {len(devices)}; `moejax env` lists what there is.",
-        )
-    return Mesh(np.array(devices[:num_devices]), (AXIS,))
-
-
-def on_mesh(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any):
-    """`function` on each device's share of the lanes, without a word between devices.
-
-    Args:
-      mesh: Devices; None leaves the function as it is.
-      function: Of arrays.
-      in_specs: Where the lanes lie in what it takes.
-      out_specs: Where they lie in what it gives.
-    """
-    if mesh is None:
-        return function
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
 
 
 def placed(mesh: Mesh | None, tree: Any) -> Any:
@@ -69,7 +36,7 @@ def spread_over(num_devices: int) -> Callable[[Any], Any]:
     Raises:
       UsageError: There are not so many devices.
     """
-    sharding = NamedSharding(local_mesh(num_devices), ROWS)
+    sharding = NamedSharding(local_mesh(num_devices, AXIS), ROWS)
     return lambda tree: jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), tree)
 
 
@@ -86,5 +53,5 @@ def apart(num_devices: int, function: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
       UsageError: There are not so many devices.
     """
-    mesh = None if num_devices == 1 else local_mesh(num_devices)
+    mesh = None if num_devices == 1 else local_mesh(num_devices, AXIS)
     return on_mesh(mesh, function, ROWS, ROWS)

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
+from moejax.devices import on_mesh
 from moejax.simulate._blocks import Block, moments_of
-from moejax.simulate._mesh import ALL, COLUMNS, ROWS, on_mesh, placed
+from moejax.simulate._mesh import ALL, COLUMNS, ROWS, placed
 from moejax.simulate._replay import Moment, layer_accesses
 from moejax.simulate._select import Steps, Tally, select_block
 from moejax.simulate._words import (

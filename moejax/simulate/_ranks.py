@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from moejax.devices import local_mesh
 from moejax.errors import UsageError
 from moejax.simulate._blocks import BLOCK_STEPS, Stream, block_at
 from moejax.simulate._memory import num_passes
-from moejax.simulate._mesh import local_mesh, placed
+from moejax.simulate._mesh import AXIS, placed
 from moejax.simulate._rank_blocks import Kind, per_capacity, shared
 from moejax.simulate._replay import MAX_DEPTH, Replay
 from moejax.simulate._select import Tally, no_tally
@@ -110,7 +111,7 @@ def ranks(
 def _ranks_on_devices(
     strategy: Strategy, replay, capacities, key, topk: int, marks, num_devices: int
 ) -> Counts:
-    mesh = local_mesh(num_devices)
+    mesh = local_mesh(num_devices, AXIS)
     if not isinstance(replay, Stream):
         raise UsageError(
             f"{num_devices} devices share streams, not tables of demand", "Use `stream`."
