@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import UsageError
@@ -36,17 +37,20 @@ def experts(
     down_proj: Float[Array, "experts hidden ffn"],
     *,
     implementation: str | ExpertsFunction = "auto",
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "tokens hidden"]:
     """Sends every token through its experts and adds what they say.
 
     Args:
       x: Hidden states that enter the experts.
-      selected_experts: The router's choice for each token; distinct within a token.
+      selected_experts: The router's choice for each token; distinct within a token. A number that
+        no expert has counts for nothing, with a weight of 0.
       routing_weights: What each chosen expert's answer counts.
       gate_up_proj: Gate and up matrices of every expert, one above the other.
       down_proj: Down matrices of every expert.
       implementation: A name of `EXPERTS`, a function of the same arguments, or `auto`: what was
         fastest for this number of tokens on this kind of device.
+      dtype: Type of the answer; by default that of `x`.
 
     Raises:
       UsageError: The implementation is not known.
@@ -63,7 +67,8 @@ def experts(
                 f"Known: auto, {', '.join(EXPERTS)}.",
             )
         implementation = EXPERTS[implementation]
-    return implementation(x, selected_experts, routing_weights, gate_up_proj, down_proj)
+    y = implementation(x, selected_experts, routing_weights, gate_up_proj, down_proj)
+    return y.astype(dtype or x.dtype)
 
 
 def choose_experts(num_tokens: int, platform: str) -> str:
@@ -90,7 +95,7 @@ def _gather(x, selected_experts, routing_weights, gate_up_proj, down_proj):
     """Copies the weights of every (token, expert) pair side by side: simple, for a few tokens."""
     gate_up = _dot("th,tkfh->tkf", x, gate_up_proj[selected_experts])
     y = _dot("tkf,tkhf->tkh", _activate(gate_up, x.dtype), down_proj[selected_experts])
-    return _mix(y, routing_weights, x.dtype)
+    return _mix(y, routing_weights)
 
 
 def _unrolled(x, selected_experts, routing_weights, gate_up_proj, down_proj):
@@ -103,7 +108,7 @@ def _unrolled(x, selected_experts, routing_weights, gate_up_proj, down_proj):
             take = partial(jax.lax.dynamic_index_in_dim, index=expert, keepdims=False)
             gate_up = _vector_dot(take(gate_up_proj), x[token])
             rows.append(_vector_dot(take(down_proj), _activate(gate_up, x.dtype)))
-    return _mix(jnp.stack(rows).reshape(num_tokens, topk, -1), routing_weights, x.dtype)
+    return _mix(jnp.stack(rows).reshape(num_tokens, topk, -1), routing_weights)
 
 
 def _dense(x, selected_experts, routing_weights, gate_up_proj, down_proj):
@@ -115,7 +120,7 @@ def _dense(x, selected_experts, routing_weights, gate_up_proj, down_proj):
     share = _dense_weights(selected_experts, routing_weights, gate_up_proj.shape[0])
     gate_up = _dot("th,efh->etf", x, gate_up_proj)
     y = _dot("etf,ehf->eth", _activate(gate_up, x.dtype), down_proj)
-    return _count(y, share[:, :, None]).sum(0).astype(x.dtype)
+    return _count(y, share[:, :, None]).sum(0)
 
 
 def _scan(x, selected_experts, routing_weights, gate_up_proj, down_proj):
@@ -129,7 +134,7 @@ def _scan(x, selected_experts, routing_weights, gate_up_proj, down_proj):
 
     total = jnp.zeros(x.shape, jnp.float32)
     total, _ = jax.lax.scan(one_expert, total, (gate_up_proj, down_proj, share))
-    return total.astype(x.dtype)
+    return total
 
 
 def _rounds(x, selected_experts, routing_weights, gate_up_proj, down_proj):
@@ -163,7 +168,7 @@ def _rounds(x, selected_experts, routing_weights, gate_up_proj, down_proj):
 
     total = jnp.zeros(x.shape, jnp.float32)
     total, _ = jax.lax.scan(maybe_round, total, jnp.arange(0, num_tokens, num_rows))
-    return total.astype(x.dtype)
+    return total
 
 
 def _ragged(x, selected_experts, routing_weights, gate_up_proj, down_proj):
@@ -176,7 +181,7 @@ def _ragged(x, selected_experts, routing_weights, gate_up_proj, down_proj):
     gate_up = dot(x[order // topk], gate_up_proj.swapaxes(1, 2))
     y = dot(_activate(gate_up, x.dtype), down_proj.swapaxes(1, 2))
     y = y[jnp.argsort(order)].reshape(*selected_experts.shape, -1)
-    return _mix(y, routing_weights, x.dtype)
+    return _mix(y, routing_weights)
 
 
 EXPERTS: Mapping[str, ExpertsFunction] = MappingProxyType(
@@ -198,8 +203,8 @@ def _activate(gate_up: Array, dtype: jnp.dtype) -> Array:
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-def _mix(y: Array, routing_weights: Array, dtype: jnp.dtype) -> Array:
-    return (y * routing_weights[..., None]).sum(1).astype(dtype)
+def _mix(y: Array, routing_weights: Array) -> Array:
+    return (y * routing_weights[..., None]).sum(1)
 
 
 def _count(y: Array, share: Array) -> Array:
