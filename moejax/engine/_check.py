@@ -106,12 +106,11 @@ def check_fit(config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan) -> None
             f"a store of {have} layers, experts, hidden and ffn is not of this model: {want}",
             "Build the store from the checkpoint of the model.",
         )
-    if plan.scope == "layer" and (
-        len(plan.slots) != num_layers or max(plan.slots) > config.num_experts
-    ):
+    num_experts = layout.share(store.team.num_devices).num_experts
+    if plan.scope == "layer" and (len(plan.slots) != num_layers or max(plan.slots) > num_experts):
         raise UsageError(
             f"a plan of {len(plan.slots)} layers and up to {max(plan.slots)} slots does not "
-            f"fit {num_layers} layers of {config.num_experts} experts",
+            f"fit {num_layers} layers of {num_experts} experts on a device",
             "Make a plan of this model.",
         )
 

@@ -3,16 +3,21 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from moejax.devices import Team
 from moejax.qwen_moe import QwenMoeConfig
 from moejax.strategies import Strategy
 
 from . import _offload_kernels, _offload_xla
-from ._event import Sizes
-from ._expert_cache import booleans
+from ._event import COUNTS, ReplayTable, Sizes
+from ._expert_cache import OffloadState, booleans
 from ._offload_xla import Decoded
-from ._programs import ProgramSettings
+from ._programs import Place, ProgramSettings, StepOutput, routed_of
+from ._sampling import next_tokens
 from .kernels._dense_weights import DenseWeights
 from .kernels._route import Router
 
@@ -56,3 +61,64 @@ def make_step(
         return _offload_kernels.decode_step(params, hosts, program, state, table, lookahead)
 
     return step
+
+
+def program_specs(*, is_replayed: bool) -> tuple[Any, Any]:
+    """How several devices share what `make_program` takes and gives; see `moejax.devices.Team`.
+
+    Of counts, the layers of one device come behind those of another.
+    """
+    own: Any = Team.OWN
+    alike: Any = Team.ALIKE
+    counts: Any = PartitionSpec(None, Team.AXIS)
+    table = ReplayTable(alike, own, own, own) if is_replayed else alike
+    return (
+        (alike, own, alike, alike, own, alike, table),
+        (OffloadState(alike, alike, own), StepOutput(alike, alike, counts, alike)),
+    )
+
+
+def make_program(
+    config: QwenMoeConfig,
+    step: Callable[..., Decoded],
+    settings: ProgramSettings,
+    num_steps: int,
+) -> Callable[..., tuple[OffloadState, StepOutput]]:
+    """A function `program(params, hosts, kv, place, experts, draw, table)` that takes steps.
+
+    Args:
+      config: The model.
+      step: What `make_step` gives.
+      settings: Of this program.
+      num_steps: Steps that one call takes.
+    """
+
+    def program(params, hosts, kv, place, experts, draw, table):
+        def one(state: OffloadState) -> tuple[OffloadState, StepOutput]:
+            decoded = step(params, hosts, state, table)
+            number = state.place.step + 1
+            token_ids = next_tokens(decoded.logits, number, draw)
+            place = Place(token_ids, state.place.positions + 1, number)
+            counts = decoded.experts.tables.counts[:, : len(COUNTS)]
+            routed = routed_of(config, settings, decoded.routings)
+            state = OffloadState(decoded.kv, place, decoded.experts)
+            return state, StepOutput(token_ids[None], decoded.logits, counts[None], routed)
+
+        state = OffloadState(kv, place, experts)
+        if num_steps == 1:
+            return one(state)
+
+        def again(carry, _):
+            state, output = one(carry[0])
+            return (state, output.logits, output.routed), (output.token_ids[0], output.counts[0])
+
+        _, output = jax.eval_shape(one, state)
+        blank = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (output.logits, output.routed)
+        )
+        (state, logits, routed), (token_ids, counts) = jax.lax.scan(
+            again, (state, *blank), None, length=num_steps
+        )
+        return state, StepOutput(token_ids, logits, counts, routed)
+
+    return program

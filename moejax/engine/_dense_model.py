@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from moejax.devices import Team
 from moejax.errors import UsageError
 from moejax.qwen_moe import QwenMoe, QwenMoeConfig, RoutedExperts, abstract
 
@@ -79,6 +80,16 @@ def prepare_model(model: QwenMoe, kernels: str = "auto") -> QwenMoe | DenseModel
     if choose_kernels(kernels, model) == "xla":
         return model
     return DenseModel(model.config, pack_dense(model, is_consumed=True))
+
+
+def spread_model(model: QwenMoe | DenseModel, team: Team) -> QwenMoe | DenseModel:
+    """The model with a copy of its weights on every device; it comes back as it is if it has."""
+    if team.mesh is None:
+        return model
+    if isinstance(model, DenseModel):
+        return model._replace(weights=team.place(model.weights, Team.ALIKE))
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, team.place(state, Team.ALIKE))
 
 
 class Outline(NamedTuple):

@@ -35,8 +35,11 @@ class Sizes(NamedTuple):
     """What the programs of an offloaded model are compiled for, besides the batch.
 
     Attributes:
-      shape: Layers, experts (without padding), experts of a token, and how far ahead to prefetch.
+      shape: Layers, experts of this device (without padding), experts of a token, and how far
+        ahead to prefetch.
       num_padded: Experts of a layer with padding: a power of two, at least 16.
+      num_choices: Experts of a layer that the router chooses from, those of all devices.
+      num_devices: Devices that they are dealt out among.
       scope: `layer` or `pool`.
       num_rows: Rows of one packed expert.
       lookahead_width: How many experts each of the next gates names.
@@ -47,6 +50,8 @@ class Sizes(NamedTuple):
 
     shape: CacheShape
     num_padded: int
+    num_choices: int
+    num_devices: int
     scope: str
     num_rows: int
     lookahead_width: int
@@ -71,6 +76,7 @@ class Tables(NamedTuple):
       job: The prefetch under way, see `kernels._copy`.
       counts: `COUNTS` of each layer's last event.
       step: Number of the step.
+      device: Number of this device among several; None for one.
       state: The strategy's state of all layers; booleans are kept as int32.
     """
 
@@ -85,6 +91,7 @@ class Tables(NamedTuple):
     job: Int32[Array, " fields"]
     counts: Int32[Array, "layers counts"]
     step: Int32[Array, " 1"]
+    device: Int32[Array, " 1"] | None
     state: Any
 
 
@@ -93,7 +100,8 @@ class ReplayTable(NamedTuple):
 
     Attributes:
       experts: Experts of each request, in the router's order; a number beyond the last is none.
-      demand: Tokens that demand each expert, event by event, and of the `depth` events beyond.
+      demand: Tokens that demand each expert of this device, event by event, and of the `depth`
+        events beyond.
       next_use: Event at which each is demanded next, likewise.
       lookahead: What the next gates said, 0 to 1, as `Access.lookahead`; None if nothing.
     """

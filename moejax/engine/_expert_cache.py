@@ -1,13 +1,15 @@
 """What an offloaded model keeps on the device besides its dense weights: slots and their tables."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped, UInt
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt
 
+from moejax.devices import ONE_DEVICE, Team
 from moejax.errors import UsageError
 from moejax.offload import ExpertLayout, SlotPlan
 from moejax.qwen_moe import KVCache
@@ -52,17 +54,26 @@ class OffloadState(NamedTuple):
 
 
 def make_sizes(
-    shape: CacheShape, layout: ExpertLayout, scope: str, strategy: Strategy, schedule: Schedule
+    shape: CacheShape,
+    layout: ExpertLayout,
+    scope: str,
+    strategy: Strategy,
+    schedule: Schedule,
+    num_devices: int = 1,
 ) -> Sizes:
     """What programs are compiled for.
 
     Args:
-      shape: Layers, experts and experts of a token; its depth is replaced by the strategy's reach.
+      shape: Layers, experts of all devices and experts of a token; its depth is replaced by the
+        strategy's reach.
       layout: One packed layer.
       scope: `layer` or `pool`.
       strategy: What scores.
       schedule: When rows of a prefetched expert are copied.
+      num_devices: Devices that the experts are dealt out among.
     """
+    num_choices = shape.num_experts
+    shape = shape._replace(num_experts=-(-num_choices // num_devices))
     reach = min(strategy.reach, shape.num_layers - 1)
     # A pool is never prefetched into, and a kernel wants a power of two.
     prefetches = strategy.prefetches and scope == "layer" and reach > 0
@@ -71,10 +82,12 @@ def make_sizes(
         depth //= 2
     return Sizes(
         shape=shape._replace(depth=depth),
-        num_padded=max(_LEAST_PADDED, next_power_of_2(shape.num_experts)),
+        num_padded=with_padding(shape.num_experts),
+        num_choices=num_choices,
+        num_devices=num_devices,
         scope=scope,
         num_rows=layout.num_rows,
-        lookahead_width=min(2 * shape.topk, shape.num_experts),
+        lookahead_width=min(2 * shape.topk, num_choices),
         schedule=schedule if prefetches else None,
         asks_gates=prefetches and strategy.reads_gates,
         reads_future=strategy.reads_future,
@@ -85,22 +98,39 @@ def empty_cache(
     sizes: Sizes,
     layout: ExpertLayout,
     plan: SlotPlan,
-    strategy: Strategy,
+    strategies: Sequence[Strategy],
     dtype: DTypeLike,
     *,
     num_allocated: int | None = None,
+    team: Team = ONE_DEVICE,
 ) -> ExpertCache:
-    """Slots that hold nothing, and a strategy that has seen nothing.
+    """Slots that hold nothing, and strategies that have seen nothing.
 
     Args:
       sizes: What programs are compiled for.
       layout: One packed layer.
-      plan: How many slots are in use.
-      strategy: What scores.
+      plan: How many slots of a device are in use.
+      strategies: What scores, one for each device.
       dtype: Type of the weights.
-      num_allocated: How many there are; no more than are in use by default.
+      num_allocated: How many slots of a device there are; no more than are in use by default.
+      team: The devices.
     """
-    num_allocated = num_allocated or plan.num_slots
+    # A step always reads a slot, even if it has no use for what lies there.
+    num_slots = max(1, num_allocated or plan.num_slots)
+    tables = [
+        _empty_tables(sizes, plan, strategy, num_allocated or plan.num_slots, device)
+        for device, strategy in enumerate(strategies)
+    ]
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *tables)
+    shape = (team.num_devices * num_slots, layout.num_rows, layout.hidden)
+    return ExpertCache(
+        jnp.zeros(shape, dtype, device=team.sharding(Team.OWN)), team.place(joined, Team.OWN)
+    )
+
+
+def _empty_tables(
+    sizes: Sizes, plan: SlotPlan, strategy: Strategy, num_allocated: int, device: int
+) -> Tables:
     layers, padded = sizes.shape.num_layers, sizes.num_padded
     # A kernel that looks at all layers at once wants a power of two.
     table = (next_power_of_2(layers), padded)
@@ -112,7 +142,7 @@ def empty_cache(
         num_slots = np.full(layers, plan.num_slots, np.int32)
         first_slot = np.zeros(layers, np.int32)
         is_taken = np.arange(next_power_of_2(num_allocated)) >= plan.num_slots
-    tables = Tables(
+    return Tables(
         slot_of=jnp.full(table, -1, jnp.int32),
         score=jnp.full(table, -jnp.inf, jnp.float32),
         demand=jnp.zeros((2 * layers, padded), jnp.int32),
@@ -124,11 +154,14 @@ def empty_cache(
         job=jnp.zeros(NUM_FIELDS, jnp.int32),
         counts=jnp.zeros((layers, NUM_COUNTS), jnp.int32),
         step=jnp.zeros(1, jnp.int32),
+        device=None if sizes.num_devices == 1 else jnp.full(1, device, jnp.int32),
         state=_padded_state(strategy, sizes),
     )
-    # A step always reads a slot, even if it has no use for what lies there.
-    shape = (max(1, num_allocated), layout.num_rows, layout.hidden)
-    return ExpertCache(jnp.zeros(shape, dtype), tables)
+
+
+def with_padding(num_experts: int) -> int:
+    """Experts of a layer with padding: a power of two, as kernels want it."""
+    return max(_LEAST_PADDED, next_power_of_2(num_experts))
 
 
 def booleans(strategy: Strategy, sizes: Sizes) -> Any:
@@ -145,7 +178,7 @@ def make_replay_table(
     *,
     lookahead: Shaped[np.ndarray, "steps layers depth experts"] | None = None,
 ) -> ReplayTable:
-    """Recorded routing as the programs read it.
+    """Recorded routing as the programs read it, the devices' tables one behind another.
 
     Args:
       sizes: Of the programs.
@@ -167,36 +200,54 @@ def make_replay_table(
         )
     topk = width // batch_size
     ids = experts.reshape(steps, layers, batch_size, topk).transpose(0, 1, 3, 2).astype(np.int32)
-    ids = np.where(ids < shape.num_experts, ids, NEVER)
+    ids = np.where(ids < sizes.num_choices, ids, NEVER)
     ids = np.pad(
         ids,
         ((0, 0), (0, 0), (0, shape.topk - topk), (0, num_columns - batch_size)),
         constant_values=NEVER,
     )
-    counts = demand_counts(experts, shape.num_experts)
-    coming = next_use(counts)
-    events = np.where(
-        coming < steps, coming.astype(np.int64) * layers + np.arange(layers)[None, :, None], NEVER
-    )
-    beyond = (0, shape.depth)
-    unused = (0, sizes.num_padded - shape.num_experts)
-
-    def table(rows: np.ndarray, filling: int):
-        rows = rows.reshape(steps * layers, -1)
-        return jnp.asarray(np.pad(rows, (beyond, unused), constant_values=filling).astype(np.int32))
-
+    counts, devices = demand_counts(experts, sizes.num_choices), range(sizes.num_devices)
+    own = [counts[..., device :: sizes.num_devices] for device in devices]
     said = None
     if sizes.asks_gates:
-        said = np.zeros((steps, layers, shape.depth, sizes.num_padded), np.float32)
-        if lookahead is not None:
-            depth = min(shape.depth, lookahead.shape[2])
-            said[:, :, :depth, : shape.num_experts] = lookahead[:, :, :depth] / np.float32(255)
+        if lookahead is None:
+            lookahead = np.zeros((steps, layers, shape.depth, sizes.num_choices), np.uint8)
+        heard = [_said(sizes, lookahead[..., device :: sizes.num_devices]) for device in devices]
+        said = jnp.asarray(np.concatenate(heard))
     return ReplayTable(
         experts=jnp.asarray(ids),
-        demand=table(counts, 0),
-        next_use=table(events, NEVER),
-        lookahead=None if said is None else jnp.asarray(said),
+        demand=jnp.asarray(np.concatenate([_events(sizes, demand, 0) for demand in own])),
+        next_use=jnp.asarray(np.concatenate([_next_events(sizes, demand) for demand in own])),
+        lookahead=said,
     )
+
+
+def _next_events(
+    sizes: Sizes, demand: UInt[np.ndarray, "steps layers experts"]
+) -> Int32[np.ndarray, "events padded"]:
+    steps, layers, _ = demand.shape
+    coming = next_use(demand)
+    events = coming.astype(np.int64) * layers + np.arange(layers)[None, :, None]
+    return _events(sizes, np.where(coming < steps, events, NEVER), NEVER)
+
+
+def _events(
+    sizes: Sizes, rows: Shaped[np.ndarray, "steps layers experts"], filling: int
+) -> Int32[np.ndarray, "events padded"]:
+    """A row for each event, and for as many beyond the last as a prefetch looks ahead."""
+    rows = rows.reshape(-1, rows.shape[-1])
+    pads = ((0, sizes.shape.depth), (0, sizes.num_padded - rows.shape[-1]))
+    return np.pad(rows, pads, constant_values=filling).astype(np.int32)
+
+
+def _said(
+    sizes: Sizes, lookahead: Shaped[np.ndarray, "steps layers depth experts"]
+) -> Float32[np.ndarray, "steps layers depth padded"]:
+    steps, layers, depth, num_experts = lookahead.shape
+    depth = min(sizes.shape.depth, depth)
+    said = np.zeros((steps, layers, sizes.shape.depth, sizes.num_padded), np.float32)
+    said[:, :, :depth, :num_experts] = lookahead[:, :, :depth] / np.float32(255)
+    return said
 
 
 def _state_bytes(strategy: Strategy, shape: CacheShape) -> int:

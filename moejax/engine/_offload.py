@@ -12,14 +12,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Shaped, UInt
 
+from moejax.devices import Team
 from moejax.errors import UsageError
 from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
 from moejax.strategies import CacheShape, Strategy, check_pool
 
 from ._check import check_fit, check_generation
-from ._decode import make_step
-from ._dense_model import DenseModel, choose_kernels
+from ._decode import make_program, make_step, program_specs
+from ._dense_model import DenseModel, choose_kernels, spread_model
 from ._event import COUNTS, ReplayTable
 from ._expert_cache import ExpertCache, OffloadState, make_replay_table, make_sizes
 from ._expert_cache import empty_cache as empty_expert_cache
@@ -30,9 +31,8 @@ from ._programs import (
     Routed,
     StepOutput,
     fill_up,
-    routed_of,
 )
-from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw, next_tokens
+from ._sampling import GREEDY, Draw, Sampling, abstract_draw, make_draw
 from ._stream import StreamedPrefill
 from ._warm import WarmUp
 from .kernels._copy import schedule
@@ -49,13 +49,18 @@ class OffloadEngine:
     computes and chooses the next token without asking the host. Whatever the slots hold, the same
     program gives bit-identical logits.
 
+    Several devices share the experts: each keeps, misses, fetches and computes its own, and
+    decides by itself; everything else all compute alike. Once a layer their experts' answers are
+    added: first each device's own in the order of their numbers, then the devices', then the
+    residual stream. That order is all that distinguishes their logits from one device's.
+
     Args:
       model: The model without its routed experts: their parameters are arrays of size zero.
         Kernels stack its weights; `prepare_model` does it once for several engines and leaves
         no second copy.
-      store: Those experts.
-      plan: How many of them the device holds.
-      strategy: Which of them.
+      store: Those experts, and the devices that share them.
+      plan: How many of them each device holds.
+      strategy: Which of them; of several devices one for each, or the same for all.
       kernels: One of `KERNELS`.
       layers_per_copy: In the shadow of how many layers one expert is copied, where the strategy
         prefetches; more for a slow link or a small batch.
@@ -69,7 +74,7 @@ class OffloadEngine:
         model: QwenMoe | DenseModel,
         store: ExpertStore,
         plan: SlotPlan,
-        strategy: Strategy,
+        strategy: Strategy | Sequence[Strategy],
         *,
         kernels: str = "auto",
         layers_per_copy: int = _LAYERS_PER_COPY,
@@ -79,20 +84,26 @@ class OffloadEngine:
         self.plan, self._num_allocated = plan, plan.num_slots
         self.num_compiles = {"decode": 0}
         check_fit(model.config, store, plan)
+        self._store, self._team = store, store.team
+        self._strategies = _one_each(strategy, self._team.num_devices)
+        # The program is one; what distinguishes the devices' strategies is in their states.
+        strategy = self._strategy = self._strategies[0]
         if plan.scope == "pool":
             check_pool(strategy.keeps_layers_apart)
-        self._store, self._strategy = store, strategy
         shape = CacheShape(
             len(self.config.moe_layers), self.config.num_experts, self.config.num_experts_per_tok, 1
         )
         self.schedule = schedule(store.layout.num_rows, layers_per_copy)
-        self.sizes = make_sizes(shape, store.layout, plan.scope, strategy, self.schedule)
+        self.sizes = make_sizes(
+            shape, store.layout, plan.scope, strategy, self.schedule, self._team.num_devices
+        )
         if isinstance(model, QwenMoe) and self.kernels != "xla":
             model = DenseModel(model.config, pack_dense(model))
-        self._prefill = StreamedPrefill(model, store.layers)
+        model = spread_model(model, self._team)
+        self._prefill = StreamedPrefill(model, store.layers, team=self._team)
         # What reads the future has none here, and a pool's layers compete for the same slots.
         is_warm = plan.scope == "layer" and plan.num_slots > 0 and not strategy.reads_future
-        self._warm_up = WarmUp(strategy, self.sizes) if is_warm else None
+        self._warm_up = WarmUp(strategy, self.sizes, self._team) if is_warm else None
         self._graph: Any = None
         if isinstance(model, DenseModel):
             self._params: Any = model.weights
@@ -103,7 +114,7 @@ class OffloadEngine:
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """Bytes on the device that do not depend on the batch: dense weights and slots."""
+        """Bytes on each device that do not depend on the batch: dense weights and slots."""
         # A tied head is the embedding itself.
         dense = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(self._params)}
         slots = self._num_allocated * self._store.layout.expert_bytes
@@ -161,6 +172,7 @@ class OffloadEngine:
         draw = None
         if not sampling.is_greedy:
             draw = make_draw(sampling, seed, first_request, len(arrays))
+            draw = self._team.place(draw, Team.ALIKE)
         start_s = time.perf_counter()
         num_before = self._num_programs()
         step = self._decode_program(settings, 1, is_replayed=False)
@@ -197,7 +209,7 @@ class OffloadEngine:
         row = jnp.full(batch_size, position, jnp.int32)
         kv = empty_cache(self.config, batch_size, num_positions, self._dtype)
         place = Place(jnp.zeros(batch_size, jnp.int32), row, jnp.zeros(batch_size, jnp.int32))
-        return OffloadState(kv, place, self._empty_experts())
+        return OffloadState(*self._team.place((kv, place), Team.ALIKE), self._empty_experts())
 
     def program(
         self,
@@ -288,8 +300,9 @@ class OffloadEngine:
     def _prepare_prefill(self, settings: ProgramSettings) -> None:
         self._prefill.prepare(settings)
         if self._warm_up is not None:
-            packed = jax.ShapeDtypeStruct(self._store.layout.shape, self._dtype)
-            self._warm_up.prepare(settings, jax.eval_shape(self._empty_experts), packed)
+            cache = jax.eval_shape(self._empty_experts)
+            shapes = self._team.shapes((cache, self._store.layers[0]), Team.OWN)
+            self._warm_up.prepare(settings, *shapes)
 
     def replay_table(
         self,
@@ -303,9 +316,12 @@ class OffloadEngine:
         Raises:
           UsageError: The routing has other layers or experts than the model.
         """
-        return make_replay_table(
+        table = make_replay_table(
             self.sizes, experts, batch_size, self._num_columns(batch_size), lookahead=lookahead
         )
+        place = self._team.place
+        own = table._replace(experts=None)
+        return place(own, Team.OWN)._replace(experts=place(table.experts, Team.ALIKE))
 
     def _decode_program(
         self, settings: ProgramSettings, num_steps: int, *, is_replayed: bool
@@ -318,38 +334,15 @@ class OffloadEngine:
             self.config, self.kernels, self._graph, self._strategy, self.sizes, settings
         )
 
-        def program(params, hosts, kv, place, experts, draw, table):
+        take_steps = make_program(self.config, step, settings, num_steps)
+
+        def program(*arguments):
             self.num_compiles["decode"] += 1
-            state = OffloadState(kv, place, experts)
+            return take_steps(*arguments)
 
-            def one(state, _):
-                decoded = step(params, hosts, state, table)
-                number = state.place.step + 1
-                token_ids = next_tokens(decoded.logits, number, draw)
-                place = Place(token_ids, state.place.positions + 1, number)
-                routed = routed_of(self.config, settings, decoded.routings)
-                counts = decoded.experts.tables.counts[:, : len(COUNTS)]
-                state = OffloadState(decoded.kv, place, decoded.experts)
-                return state, (token_ids, decoded.logits, counts, routed)
-
-            if num_steps == 1:
-                state, (token_ids, logits, counts, routed) = one(state, None)
-                return state, StepOutput(token_ids[None], logits, counts[None], routed)
-
-            def again(carry, _):
-                state, _, _ = carry
-                state, (token_ids, logits, counts, routed) = one(state, None)
-                return (state, logits, routed), (token_ids, counts)
-
-            _, (_, logits, _, routed) = jax.eval_shape(one, state, None)
-            blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (logits, routed))
-            (state, logits, routed), (token_ids, counts) = jax.lax.scan(
-                again, (state, *blank), None, length=num_steps
-            )
-            return state, StepOutput(token_ids, logits, counts, routed)
-
+        spread = self._team.run(program, *program_specs(is_replayed=is_replayed))
         # The host reads tokens when later steps are under way, so places are not given away.
-        jitted = jax.jit(program, donate_argnums=(2, 4))
+        jitted = jax.jit(spread, donate_argnums=(2, 4))
         compiled: dict[Any, Callable[..., Any]] = {}
 
         def compile_for(table: ReplayTable | None) -> Callable[..., Any]:
@@ -357,8 +350,13 @@ class OffloadEngine:
             if shapes not in compiled:
                 rows = settings.batch_size
                 state = jax.eval_shape(lambda: self.new_state(rows, settings.num_positions))
+                kv, place = self._team.shapes((state.kv, state.place), Team.ALIKE)
+                experts = self._team.shapes(state.experts, Team.OWN)
                 draw = None if settings.is_greedy else abstract_draw(rows)
-                lowered = jitted.lower(self._params, self._store.layers, *state, draw, table)
+                draw = self._team.shapes(draw, Team.ALIKE)
+                lowered = jitted.lower(
+                    self._params, self._store.layers, kv, place, experts, draw, table
+                )
                 compiled[shapes] = lowered.compile()
             return compiled[shapes]
 
@@ -377,9 +375,10 @@ class OffloadEngine:
             self.sizes,
             self._store.layout,
             self.plan,
-            self._strategy,
+            self._strategies,
             self._dtype,
             num_allocated=self._num_allocated,
+            team=self._team,
         )
 
     def _num_columns(self, batch_size: int) -> int:
@@ -391,3 +390,14 @@ class OffloadEngine:
                 "the oracle knows the future only where recorded routing is replayed",
                 "Replay a trace, or use another strategy.",
             )
+
+
+def _one_each(strategy: Strategy | Sequence[Strategy], num_devices: int) -> tuple[Strategy, ...]:
+    if isinstance(strategy, Strategy):
+        return (strategy,) * num_devices
+    if len(strategy) != num_devices:
+        raise UsageError(
+            f"{len(strategy)} strategies were given for {num_devices} device(s)",
+            "Give one for all devices, or one for each.",
+        )
+    return tuple(strategy)

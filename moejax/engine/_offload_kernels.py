@@ -20,6 +20,7 @@ from moejax.qwen_moe import KVCache, Lookahead, QwenMoeConfig, Routing
 from ._event import ReplayTable, Tables
 from ._expert_cache import ExpertCache, OffloadState
 from ._offload_xla import Decoded
+from ._share import total
 from .kernels._attention import Rotation, attention, rotation
 from .kernels._copy import Prefetch, copy_part
 from .kernels._dense import (
@@ -191,7 +192,13 @@ def _layer(
     if schedule is not None:
         tables = read_issued(tables, others[-1])
     how = _how(program, "down", columns)
-    x, slots, squares = experts_down(active, y, inner, hosts[0], slots, how)
+    answer = partial(experts_down, active, inner=inner, host=hosts[0], slots=slots, how=how)
+    if router.sizes.num_devices == 1:
+        x, slots, squares = answer(y)
+    else:
+        own, slots, _ = answer(jnp.zeros_like(y), dtype=jnp.float32)
+        x = (y + total(own, router.sizes.num_devices)).astype(inner.dtype)
+        squares = None if columns == 1 else sum_squares(x)[None]
     found = (routed.selected_experts, routed.routing_weights, logits, ahead[0] if ahead else None)
     return _Stream(x, squares, slots, tables), keys, values, found
 

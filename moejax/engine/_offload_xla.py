@@ -30,6 +30,7 @@ from ._event import (
     serve,
 )
 from ._expert_cache import ExpertCache, OffloadState, booleans
+from ._share import own_numbers, total
 
 # So many experts are spelled out one after another; more go round a loop.
 _MOST_UNROLLED = 8
@@ -64,7 +65,7 @@ def decode_step(
 
     Args:
       model: Everything but the routed experts, whose parameters hold nothing.
-      hosts: Packed experts of each layer that has them, in host memory.
+      hosts: Packed experts of each layer that has them, in host memory; those of this device.
       strategy: What decides which experts stay on the device.
       sizes: What the program is compiled for.
       state: What was read before, and which experts are on the device.
@@ -103,7 +104,8 @@ def _feed_forward(
     flat = layer.post_attention_layernorm(x).reshape(-1, x.shape[-1])
     index = jnp.int32(moe_layer)
     routing = _route(layer, flat, tables, replay, moe_layer)
-    chosen = jax.nn.one_hot(routing.selected_experts, sizes.num_padded, dtype=jnp.int32)
+    own = own_numbers(sizes, tables, routing.selected_experts)
+    chosen = jax.nn.one_hot(own, sizes.num_padded, dtype=jnp.int32)
     weights = (chosen * routing.routing_weights[..., None]).sum(1)
     said = None
     if sizes.asks_gates:
@@ -113,7 +115,7 @@ def _feed_forward(
     access = read_access(sizes, tables, replay, index, demand, resident, said)
     mine = jax.tree.map(lambda leaf: leaf[index], _read_state(tables, strategy, sizes))
     served = serve(strategy, sizes, tables, access, mine)
-    num_active = min(routing.selected_experts.size, sizes.shape.num_experts)
+    num_active = min(own.size, sizes.shape.num_experts)
     routed, slots = _compute(
         flat, weights, hosts[moe_layer], cache.slots, demand > 0, served.settled, num_active
     )
@@ -130,7 +132,7 @@ def _feed_forward(
         tables = _issued(tables, issued, index)
         slots = _prefetch(slots, hosts, issued)
     shared = jax.nn.sigmoid(layer.mlp.shared_expert_gate(flat)) * layer.mlp.shared_expert(flat)
-    y = routed.astype(x.dtype) + shared
+    y = total(routed, sizes.num_devices).astype(x.dtype) + shared
     return x + y.reshape(x.shape), routing, ExpertCache(slots, tables)
 
 
@@ -168,7 +170,8 @@ def _said(
         return replay.lookahead[tables.step[0] % len(replay.lookahead), moe_layer]
     named = model.foresee(stream, number, Lookahead(depth, width))
     worth = (255 - 255 * jnp.arange(width) // width).astype(jnp.float32) / 255
-    one_hot = jax.nn.one_hot(named, sizes.num_padded, dtype=jnp.float32)
+    own = own_numbers(sizes, tables, named)
+    one_hot = jax.nn.one_hot(own, sizes.num_padded, dtype=jnp.float32)
     return (one_hot * worth[None, None, :, None]).max((0, 2))
 
 
@@ -222,7 +225,15 @@ def _compute(
     else:
         carry = jax.lax.fori_loop(0, num_active, one, carry)
     slots, answers = carry
-    return answers.sum(0), slots
+    return _add_up(answers, ids), slots
+
+
+def _add_up(
+    answers: Float[Array, "columns batch hidden"], ids: Int[Array, " columns"]
+) -> Float[Array, "batch hidden"]:
+    """The sum of the experts' answers in the order of their numbers, which rise."""
+    del ids
+    return answers.sum(0)
 
 
 def _expert(

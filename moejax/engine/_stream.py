@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
+from moejax.devices import ONE_DEVICE, Team
 from moejax.offload import unpack
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, Routing
 from moejax.qwen_moe import experts as compute_experts
+from moejax.strategies import NEVER
 
 from ._dense_model import DenseModel, Outline, Params, take_apart
 from ._programs import (
@@ -30,6 +32,7 @@ from ._programs import (
     prompt_positions,
 )
 from ._sampling import Draw, abstract_draw
+from ._share import number_on, total
 
 OnLayer: TypeAlias = Callable[[int, Array, Routing], Any]
 """Called as `on_layer(moe_layer, packed, routing)` when a layer's computation is under way.
@@ -37,6 +40,10 @@ OnLayer: TypeAlias = Callable[[int, Array, Routing], Any]
 `packed` are the layer's experts on the device. What the call returns is waited for before their
 memory is needed again, and before the next call, which may donate it.
 """
+
+
+# Weights, gates and their number, the packed experts, the residual stream.
+_LAYER = (Team.ALIKE, Team.ALIKE, Team.ALIKE, Team.OWN, Team.ALIKE)
 
 
 class StreamedPrefill:
@@ -49,6 +56,7 @@ class StreamedPrefill:
         weights, each layer's are copied out while it computes.
       layers: Packed experts of every layer that has some, see `ExpertLayout`. They stay where
         they are; copies go to the device.
+      team: The devices that share them; see `ExpertStore`.
       experts: How the routed experts are computed, see `moejax.qwen_moe.EXPERTS`.
 
     Attributes:
@@ -60,11 +68,12 @@ class StreamedPrefill:
         model: QwenMoe | DenseModel,
         layers: Sequence[Shaped[Array, "experts ffn3 hidden"]],
         *,
+        team: Team = ONE_DEVICE,
         experts: str = "auto",
     ):
         self.num_compiles = {"embed": 0, "layer": 0, "head": 0}
         self._moe_layers = model.config.moe_layers
-        self._experts = experts
+        self._experts, self._team = experts, team
         self._packed = dict(zip(self._moe_layers, layers, strict=True))
         self._parts = take_apart(model)
         self._compiled: dict[tuple[str, Any], _Program] = {}
@@ -127,18 +136,21 @@ class StreamedPrefill:
         def embed(params, token_ids):
             return whole.merge(params).embed_tokens(token_ids)
 
-        token_ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+        token_ids = self._alike(jax.ShapeDtypeStruct(shape, jnp.int32))
         first = self._compile("embed", shape, embed, params, token_ids)
         layers = []
         for number, layer in enumerate(self._parts.layers):
             packed = self._packed.get(number)
             if packed is not None:
-                packed = jax.ShapeDtypeStruct(packed.shape, packed.dtype)
-            run = partial(_run_layer, layer.outline, self._experts, lookahead)
+                packed = self._team.shapes(packed, Team.OWN)
+            run = partial(_run_layer, layer.outline, self._experts, lookahead, self._team)
             gates = [layer.gate_shapes] * len(self._following(number, lookahead)[0])
             weights = (layer.shapes, gates, jax.ShapeDtypeStruct((), jnp.int32))
+            weights = self._alike(weights)
             key = (layer.outline.graph, shape, lookahead)
-            layers.append(self._compile("layer", key, run, *weights, packed, first.output))
+            layers.append(
+                self._compile("layer", key, run, *weights, packed, first.output, specs=_LAYER)
+            )
 
         def head(params, x, cache, routings, num_tokens, draw):
             model = whole.merge(params)
@@ -146,13 +158,18 @@ class StreamedPrefill:
             return finish_prefill(model, settings, hidden, cache, routings, num_tokens, draw)
 
         said = _collect([layer.output[1:] for layer in layers])
-        num_tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        draw = None if settings.is_greedy else abstract_draw(rows)
+        num_tokens = self._alike(jax.ShapeDtypeStruct((rows,), jnp.int32))
+        draw = None if settings.is_greedy else self._alike(abstract_draw(rows))
         last = self._compile("head", settings, head, params, first.output, *said, num_tokens, draw)
         return _Programs(first, layers, last)
 
     def _compile(
-        self, name: str, key: Any, function: Callable[..., Any], *arguments: Any
+        self,
+        name: str,
+        key: Any,
+        function: Callable[..., Any],
+        *arguments: Any,
+        specs: Any = Team.ALIKE,
     ) -> "_Program":
         if (name, key) not in self._compiled:
 
@@ -160,11 +177,14 @@ class StreamedPrefill:
                 self.num_compiles[name] += 1
                 return function(*arguments)
 
-            lowered = jax.jit(program).lower(*arguments)
+            lowered = jax.jit(self._team.run(program, specs, Team.ALIKE)).lower(*arguments)
             self._compiled[name, key] = _Program(
-                lowered.compile(compiler_options=PREFILL_OPTIONS), lowered.out_info
+                lowered.compile(compiler_options=PREFILL_OPTIONS), self._alike(lowered.out_info)
             )
         return self._compiled[name, key]
+
+    def _alike(self, tree: Any) -> Any:
+        return self._team.shapes(tree, Team.ALIKE)
 
     def _weights(
         self, number: int, lookahead: Lookahead | None
@@ -202,6 +222,7 @@ def _run_layer(
     layer: Outline,
     experts: str,
     lookahead: Lookahead | None,
+    team: Team,
     params: Params,
     gates: list[Params],
     num_gates: Array,
@@ -213,9 +234,16 @@ def _run_layer(
     stream, cached = module.attend(x, prompt_positions(*x.shape[:2]))
 
     def compute(x, selected_experts, routing_weights, *_):
-        return compute_experts(
-            x, selected_experts, routing_weights, *unpack(packed), implementation=experts
+        if team.num_devices == 1:
+            return compute_experts(
+                x, selected_experts, routing_weights, *unpack(packed), implementation=experts
+            )
+        own = number_on(selected_experts, jax.lax.axis_index(Team.AXIS), team.num_devices)
+        weights = jnp.where(own < NEVER, routing_weights, 0.0)
+        answer = compute_experts(
+            x, own, weights, *unpack(packed), implementation=experts, dtype=jnp.float32
         )
+        return total(answer, team.num_devices)
 
     x, routing = module.feed_forward(stream, implementation=compute)
     if routing is not None and lookahead is not None:

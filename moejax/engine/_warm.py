@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from moejax.devices import ONE_DEVICE, Team
 from moejax.qwen_moe import Routing
 from moejax.strategies import Strategy, keep_best
 
@@ -22,6 +23,7 @@ from ._directory import NOWHERE
 from ._event import Sizes, Tables, demand_row, read_access, remember
 from ._expert_cache import ExpertCache, booleans
 from ._programs import ProgramSettings
+from ._share import own_numbers
 
 WARM_STEPS = 32
 """Tokens of each prompt that count, at most."""
@@ -33,14 +35,15 @@ class WarmUp:
     Args:
       strategy: What decides which experts stay; it must not read the future.
       sizes: What the programs are compiled for; every layer must have slots of its own.
+      team: The devices whose slots are filled.
 
     Attributes:
       num_compiles: How often each kind of program was traced and compiled.
     """
 
-    def __init__(self, strategy: Strategy, sizes: Sizes):
+    def __init__(self, strategy: Strategy, sizes: Sizes, team: Team = ONE_DEVICE):
         self.num_compiles = {"fill": 0, "learn": 0}
-        self._strategy, self._sizes = strategy, sizes
+        self._strategy, self._sizes, self._team = strategy, sizes, team
         self._compiled: dict[tuple[int, int], tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
     def prepare(
@@ -50,7 +53,7 @@ class WarmUp:
 
         Args:
           settings: Shapes of the prompts.
-          cache: Of the model, in shapes.
+          cache: Of the model, in shapes and where they lie.
           packed: One layer's experts, likewise.
         """
         key = (settings.batch_size, settings.num_tokens)
@@ -62,13 +65,16 @@ class WarmUp:
             (settings.batch_size * settings.num_tokens, shape.topk), jnp.int32
         )
         layer = jax.ShapeDtypeStruct((), jnp.int32)
-        rehearse = partial(_rehearse, self._strategy, self._sizes)
-        found = jax.eval_shape(rehearse, cache.tables, selected, num_tokens, layer)
-        layers = [found] * shape.num_layers
-        self._compiled[key] = (
-            self._compile("fill", _fill, 0, *cache, packed, selected, num_tokens, layer),
-            self._compile("learn", _learn, (), cache.tables, layers, num_tokens),
+        prompt = self._team.shapes((selected, num_tokens, layer), Team.ALIKE)
+        own, alike = Team.OWN, Team.ALIKE
+        fill, fill_output = self._compile(
+            "fill", _fill, 0, (own, own, own, alike, alike, alike), own, *cache, packed, *prompt
         )
+        layers = [self._team.shapes(fill_output[1], own)] * shape.num_layers
+        learn, _ = self._compile(
+            "learn", _learn, (), (own, own, alike), own, cache.tables, layers, prompt[1]
+        )
+        self._compiled[key] = fill, learn
 
     def begin(
         self,
@@ -79,12 +85,24 @@ class WarmUp:
         """Starts with empty slots, which are used up."""
         return Filling(*self._compiled[settings.batch_size, settings.num_tokens], cache, num_tokens)
 
-    def _compile(self, name: str, function: Callable[..., Any], donated: Any, *arguments: Any):
+    def _compile(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        donated: Any,
+        in_specs: Any,
+        out_specs: Any,
+        *arguments: Any,
+    ) -> tuple[Callable[..., Any], Any]:
+        """The compiled function and the shapes of what it gives."""
+
         def program(*arguments):
             self.num_compiles[name] += 1
             return function(self._strategy, self._sizes, *arguments)
 
-        return jax.jit(program, donate_argnums=donated).lower(*arguments).compile()
+        program = self._team.run(program, in_specs, out_specs)
+        lowered = jax.jit(program, donate_argnums=donated).lower(*arguments)
+        return lowered.compile(), lowered.out_info
 
 
 class Filling:
@@ -168,7 +186,7 @@ def _rehearse(
 
     No strategy scores a layer's experts by what other layers demand, so nothing demands there.
     """
-    demands = _last_demand(sizes, selected, num_tokens)
+    demands = _last_demand(sizes, own_numbers(sizes, tables, selected), num_tokens)
 
     def step(carry, now):
         state, is_kept, _ = carry

@@ -26,6 +26,10 @@ class ExpertLayout(NamedTuple):
     ffn: int
     dtype: str
 
+    def share(self, num_devices: int) -> "ExpertLayout":
+        """What each of several devices has of a layer; the last expert of some may be a blank."""
+        return self._replace(num_experts=-(-self.num_experts // num_devices))
+
     @property
     def num_rows(self) -> int:
         """Rows of one expert."""

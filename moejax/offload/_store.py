@@ -2,19 +2,20 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Shaped
 
+from moejax.devices import ONE_DEVICE, Team
 from moejax.errors import BackendError
 from moejax.units import format_bytes
 
@@ -22,9 +23,6 @@ from ._layout import ExpertLayout, pack
 
 ReadLayer: TypeAlias = Callable[[int], tuple[np.ndarray, np.ndarray]]
 """Gives `gate_up` and `down` of a layer, counted among those that have experts."""
-
-Device: TypeAlias = Any
-"""A `jax.Device`, which type checkers take for a variable."""
 
 # XLA's pool of pinned memory: its cap in GiB, and the cap where the variable is not set.
 _LIMIT_VARIABLE, _DEFAULT_LIMIT_GIB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64
@@ -43,10 +41,14 @@ class ExpertStore:
     Attributes:
       layout: How the experts of a layer are packed.
       layers: One packed array a layer: on a GPU in pinned host memory, on a CPU in plain memory.
+        Of several devices, the experts of one stand behind those of another; each has as many,
+        and what a device lacks is zeros.
+      team: Who reads them.
     """
 
     layout: ExpertLayout
     layers: tuple[Shaped[Array, "experts ffn3 hidden"], ...]
+    team: Team = ONE_DEVICE
 
     @property
     def num_layers(self) -> int:
@@ -64,7 +66,7 @@ def build_store(
     num_layers: int,
     read_layer: ReadLayer,
     *,
-    device: Device | None = None,
+    team: Team = ONE_DEVICE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ExpertStore:
     """Packs the experts layer by layer; beside the store no more than one layer is in memory.
@@ -73,7 +75,7 @@ def build_store(
       layout: How the experts of a layer are packed.
       num_layers: Layers that have experts.
       read_layer: Gives the matrices of one of them, from 0.
-      device: Who will read the store; the first device if None.
+      team: The devices that will read the store, each its own experts.
       on_progress: Told the bytes done and the bytes to do after every layer.
 
     Returns:
@@ -83,12 +85,20 @@ def build_store(
       BackendError: Host memory, or the part of it that may be pinned, cannot hold the experts.
     """
 
-    def packed(number: int) -> np.ndarray:
+    def packed(number: int) -> Iterator[np.ndarray]:
         buffer = _aligned(layout)
         pack(*read_layer(number), out=buffer)
-        return buffer
+        if team.num_devices == 1:
+            yield buffer
+            return
+        for device in range(team.num_devices):
+            own = _aligned(layout.share(team.num_devices))
+            num_own = len(range(device, layout.num_experts, team.num_devices))
+            own[:num_own] = buffer[device :: team.num_devices]
+            own[num_own:] = 0
+            yield own
 
-    return _fill(layout, num_layers, packed, device, on_progress)
+    return _fill(layout, num_layers, packed, team, on_progress)
 
 
 def random_store(
@@ -97,7 +107,7 @@ def random_store(
     seed: int,
     *,
     num_distinct: int | None = None,
-    device: Device | None = None,
+    team: Team = ONE_DEVICE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ExpertStore:
     """A store of random experts, to measure without a checkpoint.
@@ -105,53 +115,71 @@ def random_store(
     Args:
       layout: How the experts of a layer are packed.
       num_layers: Layers that have experts.
-      seed: Seed of the weights; a layer's weights do not depend on how many there are.
+      seed: Seed of the weights; a layer's weights depend neither on how many there are nor on
+        who reads them.
       num_distinct: Layers that are really made; the others repeat them in turn. All by default.
-      device: Who will read the store, and draws it; the first device if None.
+      team: The devices that will read the store, each its own experts, and draw them.
       on_progress: Told the bytes done and the bytes to do after every layer.
 
     Raises:
       BackendError: Host memory, or the part of it that may be pinned, cannot hold the experts.
     """
-    device = jax.devices()[0] if device is None else device
-    key = jax.device_put(jax.random.key(seed), device)
+    keys = [jax.device_put(jax.random.key(seed), device) for device in team.devices]
     made = min(num_layers, num_distinct or num_layers)
-    store = _fill(
-        layout,
-        made,
-        lambda number: _draw(jax.random.fold_in(key, number), layout),
-        device,
-        on_progress,
-    )
-    return ExpertStore(layout, tuple(store.layers[i % made] for i in range(num_layers)))
+
+    def drawn(number: int) -> Iterator[Array]:
+        for device, key in enumerate(keys):
+            yield _draw(jax.random.fold_in(key, number), layout, device, team.num_devices)
+
+    store = _fill(layout, made, drawn, team, on_progress)
+    return ExpertStore(layout, tuple(store.layers[i % made] for i in range(num_layers)), team)
 
 
 def _fill(
     layout: ExpertLayout,
     num_layers: int,
-    make_layer: Callable[[int], np.ndarray | Array],
-    device: Device | None,
+    make_shares: Callable[[int], Iterable[np.ndarray | Array]],
+    team: Team,
     on_progress: Callable[[int, int], None] | None,
 ) -> ExpertStore:
-    reader = jax.devices()[0] if device is None else device
-    is_pinned = reader.platform != "cpu"
-    all_bytes = num_layers * layout.layer_bytes
+    is_pinned = team.devices[0].platform != "cpu"
+    shape = layout.share(team.num_devices)
+    layer_bytes = team.num_devices * shape.layer_bytes
+    all_bytes = num_layers * layer_bytes
     _check_room(all_bytes, is_pinned=is_pinned)
-    place = SingleDeviceSharding(reader, memory_kind="pinned_host" if is_pinned else None)
+    memory = "pinned_host" if is_pinned else None
+    places = [SingleDeviceSharding(device, memory_kind=memory) for device in team.devices]
     layers: list[Array] = []
     for number in range(num_layers):
-        done_bytes = number * layout.layer_bytes
+        done_bytes = number * layer_bytes
         with _explaining(done_bytes, all_bytes):
             # Waiting keeps what is packed but not copied from piling up.
-            layers.append(jax.device_put(make_layer(number), place).block_until_ready())
+            shares = [
+                jax.device_put(share, place).block_until_ready()
+                for share, place in zip(make_shares(number), places, strict=True)
+            ]
+            layers.append(_join(shares, team, memory))
         if on_progress is not None:
-            on_progress(done_bytes + layout.layer_bytes, all_bytes)
-    return ExpertStore(layout, tuple(layers))
+            on_progress(done_bytes + layer_bytes, all_bytes)
+    return ExpertStore(layout, tuple(layers), team)
 
 
-@partial(jax.jit, static_argnums=1)
-def _draw(key: Array, layout: ExpertLayout) -> Array:
-    return _RANDOM_STD * jax.random.normal(key, layout.shape, jnp.dtype(layout.dtype))
+def _join(shares: list[Array], team: Team, memory: str | None) -> Array:
+    """One array of all devices' experts; none of them moves."""
+    if team.mesh is None:
+        return shares[0]
+    num_experts, *expert = shares[0].shape
+    whole = NamedSharding(team.mesh, Team.OWN, memory_kind=memory)
+    shape = (len(shares) * num_experts, *expert)
+    return jax.make_array_from_single_device_arrays(shape, whole, shares)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key: Array, layout: ExpertLayout, device: int, num_devices: int) -> Array:
+    all_ = _RANDOM_STD * jax.random.normal(key, layout.shape, jnp.dtype(layout.dtype))
+    own = all_[device::num_devices]
+    missing = layout.share(num_devices).num_experts - own.shape[0]
+    return jnp.pad(own, ((0, missing), (0, 0), (0, 0)))
 
 
 def _check_room(all_bytes: int, *, is_pinned: bool) -> None:

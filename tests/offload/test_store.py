@@ -10,7 +10,7 @@ from moejax.offload import ExpertLayout, _store, build_store, random_store, unpa
 
 LAYOUT = ExpertLayout(num_experts=3, hidden=8, ffn=6, dtype="float32")
 QWEN = ExpertLayout(num_experts=60, hidden=2048, ffn=1408, dtype="bfloat16")
-GPU = SimpleNamespace(platform="gpu")
+GPU = SimpleNamespace(num_devices=1, devices=[SimpleNamespace(platform="gpu")])
 
 
 def read_layer(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +98,7 @@ def test_more_than_may_be_pinned_is_refused_with_the_cure(monkeypatch, limit, nu
     monkeypatch.setattr(_store, "_available_bytes", lambda: 10**12)
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", limit)
     with pytest.raises(BackendError, match=said) as caught:
-        build_store(QWEN, num_layers, lambda number: pytest.fail("a layer was read"), device=GPU)
+        build_store(QWEN, num_layers, lambda number: pytest.fail("a layer was read"), team=GPU)
     cures = {24: "LIMIT_GB=30 ", 72: "LIMIT_GB=88 "}
     assert f"XLA_PJRT_GPU_HOST_MEMORY_{cures[num_layers]}" in caught.value.hint
 

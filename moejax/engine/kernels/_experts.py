@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from . import _active
@@ -119,6 +120,7 @@ def experts_down(
     how: Launch,
     *,
     tile: Tile | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Answered:
     """Adds the answers of the active experts to the residual stream.
 
@@ -132,10 +134,13 @@ def experts_down(
       slots: Updated in place.
       how: How the kernels run.
       tile: How to cut the product; None takes `TILES`. Its rows must divide the hidden size.
+      dtype: Type of the new stream; that of `inner` by default.
     """
-    tile = tile or tiles_of("down", y.shape[1])
-    make = _down_of_one if y.shape[1] == 1 else _down_of_several
-    part = make(active, y, inner, host, tile, how.is_interpreted)
+    tile, dtype = tile or tiles_of("down", y.shape[1]), jnp.dtype(dtype or inner.dtype)
+    if y.shape[1] == 1:
+        part = _down_of_one(active, y, inner, host, tile, how.is_interpreted, dtype)
+    else:
+        part = _down_of_several(active, y, inner, host, tile, how.is_interpreted)
     # Seen with rows of `ffn`, each row of a down matrix is one run of memory.
     seen = slots.reshape(slots.shape[0], -1, inner.shape[1])
     (seen,), ((answer,),) = launch("down", [part], how, shared=(seen,))
@@ -143,7 +148,7 @@ def experts_down(
     if y.shape[1] == 1:
         return Answered(answer, slots, None)
     how = Launch(4, is_interpreted=how.is_interpreted)
-    _, ((x, squares),) = launch("combine", [_combine_part(y, answer, inner.dtype)], how)
+    _, ((x, squares),) = launch("combine", [_combine_part(y, answer, dtype)], how)
     return Answered(x, slots, squares)
 
 
@@ -168,7 +173,9 @@ def _combine_part(y: Array, answers: Array, dtype: jnp.dtype) -> Part:
     return Part(num_programs, body, (y, answers), outputs)
 
 
-def _down_of_one(active: Active, y, inner, host, tile: Tile, is_interpreted: bool) -> Part:
+def _down_of_one(
+    active: Active, y, inner, host, tile: Tile, is_interpreted: bool, dtype: jnp.dtype
+) -> Part:
     """Each program reads its rows of all columns before it writes any: nothing gets lost."""
     num_columns, ffn, _ = inner.shape
     hidden = y.shape[0]
@@ -218,7 +225,7 @@ def _down_of_one(active: Active, y, inner, host, tile: Tile, is_interpreted: boo
         answer = jax.lax.cond(is_resident, read_slots, read_through)
         out_ref[pl.ds(row, rows), 0] = (y_ref[pl.ds(row, rows), 0] + answer).astype(out_ref.dtype)
 
-    output = jax.ShapeDtypeStruct(y.shape, inner.dtype)
+    output = jax.ShapeDtypeStruct(y.shape, dtype)
     inputs = (active.table, active.weights, y, inner, host)
     return Part(hidden // rows, body, inputs, (output,))
 

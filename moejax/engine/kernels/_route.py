@@ -24,6 +24,8 @@ from moejax.engine._event import (
     remember,
     serve,
 )
+from moejax.engine._expert_cache import with_padding
+from moejax.engine._share import everyones_numbers
 from moejax.strategies import Strategy
 
 from . import _active
@@ -112,11 +114,16 @@ def route_part(
         known = known._replace(**dict(zip(_WRITTEN, refs[: len(written)], strict=True)))
         table, weights, is_live, chosen_ref, chosen_weights = refs[-5:]
         layer = layer_ref[0]
-        pairs = _choose(router, logits_ref[0 : sizes.num_padded, :], known, replay, layer)
+        rows = with_padding(sizes.num_choices)
+        pairs = _choose(router, logits_ref[0:rows, :], known, replay, layer)
         demand, by_expert = jnp.zeros(sizes.num_padded, jnp.int32), None
+        own = everyones_numbers(sizes, known)[:, None]
+        is_real = _is_real(router, (sizes.num_padded, batch))
         for place, (is_chosen, expert, weight) in enumerate(pairs):
             chosen_ref[place, :] = expert
             chosen_weights[place, :] = weight
+            if sizes.num_devices > 1:
+                is_chosen = (own == expert[None, :]) & is_real
             demand = demand + is_chosen.astype(jnp.int32).sum(1, dtype=jnp.int32)
             share = jnp.where(is_chosen, weight[None, :], 0.0)
             by_expert = share if by_expert is None else by_expert + share
@@ -265,10 +272,9 @@ _ISSUED: dict[str, Any] = dict.fromkeys(("slot_of", "score", "said", "counts"))
 def _choose(router: Router, logits, tables: Tables, replay: ReplayTable | None, layer):
     """The chosen experts of each request: best first, which, and what each counts."""
     sizes = router.sizes
-    shape = (sizes.num_padded, logits.shape[1])
-    expert = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    is_real = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < router.batch_size
-    logits = jnp.where(expert < sizes.shape.num_experts, logits, -jnp.inf)
+    expert = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    is_real = _is_real(router, logits.shape)
+    logits = jnp.where(expert < sizes.num_choices, logits, -jnp.inf)
     raised = jnp.exp(logits - logits.max(0)[None, :])
     probability = raised / raised.sum(0)[None, :]
     left, found = probability, []
@@ -287,6 +293,11 @@ def _choose(router: Router, logits, tables: Tables, replay: ReplayTable | None, 
     total = sum(weight for _, _, weight in found)
     total = jnp.where(total > 0, total, 1.0)
     return [(is_chosen, number, weight / total) for is_chosen, number, weight in found]
+
+
+def _is_real(router: Router, shape: tuple[int, int]):
+    """Columns that belong to a request; the others are padding."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) < router.batch_size
 
 
 def _write_active(table, weights, is_demanded, served, by_expert, columns: int) -> None:
@@ -332,7 +343,7 @@ def _said(router: Router, tables: Tables, replay: ReplayTable | None, ahead, lay
     row = jax.lax.broadcasted_iota(jnp.int32, (depth, sizes.num_padded), 0)
     said = jnp.zeros((depth, sizes.num_padded), jnp.float32)
     for step in range(depth):
-        heard = _ranked(router, ahead[step, :, :], width)
+        heard = _own(sizes, tables, _ranked(router, ahead[step, :, :], width))
         heard = jnp.where(layer + 1 + step < sizes.shape.num_layers, heard, 0.0)
         said = jnp.where(row == step, heard[None, :], said)
     return said
@@ -340,7 +351,7 @@ def _said(router: Router, tables: Tables, replay: ReplayTable | None, ahead, lay
 
 def _ranked(router: Router, logits, width: int):
     """What the rank of each expert is worth, the best of all requests."""
-    shape, num_experts = logits.shape, router.sizes.shape.num_experts
+    shape, num_experts = logits.shape, router.sizes.num_choices
     expert = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     left = jnp.where(expert < num_experts, logits, -jnp.inf)
     if shape[1] == 1:
@@ -351,7 +362,7 @@ def _ranked(router: Router, logits, width: int):
         rank = is_better.astype(jnp.int32).sum(1, dtype=jnp.int32)
         steps = 255 - jax.lax.div(255 * rank, jnp.full_like(rank, width))
         return jnp.where(rank < width, steps.astype(jnp.float32) / 255, 0.0)
-    is_real = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < router.batch_size
+    is_real = _is_real(router, shape)
     worth = jnp.zeros(shape, jnp.float32)
     for rank in range(width):
         best = left.max(0)
@@ -360,6 +371,15 @@ def _ranked(router: Router, logits, width: int):
         left = jnp.where(is_named, -jnp.inf, left)
         worth = jnp.where(is_named & is_real, (255 - 255 * rank // width) / 255, worth)
     return worth.max(1)
+
+
+def _own(sizes: Sizes, tables: Tables, worth):
+    """Of what all experts are worth, this device's experts' part."""
+    if sizes.num_devices == 1:
+        return worth
+    everyone = jax.lax.iota(jnp.int32, worth.shape[0])
+    is_own = everyones_numbers(sizes, tables)[:, None] == everyone[None, :]
+    return jnp.where(is_own, worth[None, :], 0.0).sum(1)
 
 
 def _read_state(router: Router, tables: Tables, layer) -> Any:
