@@ -240,9 +240,7 @@ def _num_moe_layers(fields: Fields, family: _Family, num_layers: int) -> int:
     return num_layers
 
 
-def _attention(
-    fields: Fields, family: _Family, stated: Stated, num_layers: int
-) -> tuple[int, int]:
+def _attention(fields: Fields, family: _Family, stated: Stated, num_layers: int) -> tuple[int, int]:
     """Parameters of a layer's attention with both norms, and a token's numbers in all caches."""
     if family.is_attention_stated:
         if stated.attention_params is None or stated.kv_values_per_token is None:

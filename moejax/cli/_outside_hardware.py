@@ -39,9 +39,11 @@ def validate_hardware(profile: str, output: OutputFormat) -> None:
       UsageError: There is no such profile, or no such measurement of its card.
       BadFileError: A table of measurements is unreadable.
     """
+    from moejax.bench.outside import compare_profile
+
     with show_progress("predicting") as progress:
         progress(0, 1, profile)
-        found = outside_hardware(profile)
+        found = compare_profile(profile)
     if not any(found[part] for part in ("decode", "rates", "own")):
         from moejax.cards import HARDWARE
 
@@ -58,38 +60,12 @@ def validate_hardware(profile: str, output: OutputFormat) -> None:
     _say_summary(found)
 
 
-def outside_hardware(profile: str) -> dict[str, Any]:
-    """Rows and summaries of all three kinds of measurement, as plain records."""
-    from moejax.bench.outside import (
-        predict_decode,
-        predict_own,
-        predict_rates,
-        read_decode,
-        summarise_decode,
-        summarise_own,
-        summarise_rates,
-    )
-
-    rates, own = predict_rates(profile), predict_own(profile)
-    steps = [step for step in read_decode() if step.rig.profile == profile]
-    decode = predict_decode(steps)
-    return {
-        "profile": profile,
-        "decode": [row._asdict() for row in decode],
-        "decode_sources": [found._asdict() for found in summarise_decode(steps, decode)],
-        "rates": [row._asdict() for row in rates],
-        "rate_quantities": summarise_rates(rates),
-        "own": own,
-        "own_runs": summarise_own(own),
-    }
-
-
 def hardware_figures() -> Iterator[HardwareFigure]:
     """The median errors that `moejax validate` checks: of published decode steps, of our runs."""
-    from moejax.bench.outside import OWN_RUNS, TARGET_RATIO
+    from moejax.bench.outside import OWN_RUNS, TARGET_RATIO, compare_profile
 
     for profile in ("rtx-3090", *OWN_RUNS):
-        found = outside_hardware(profile)
+        found = compare_profile(profile)
         for one in found["decode_sources"]:
             if (error := one["median_error_ratio"]) is not None:
                 label = f"{profile}: median error of {one['num_predicted']} published decode steps"

@@ -1,5 +1,6 @@
 """Profiles and cost model beside measurements that no fit saw: those of others and our own."""
 
+from ._compare import compare_profile as compare_profile
 from ._decode import TARGET_RATIO as TARGET_RATIO
 from ._decode import DecodeRow as DecodeRow
 from ._decode import DecodeSummary as DecodeSummary

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moejax.cards import Constant, Hardware, load_hardware
+from moejax.cards import Constant, Hardware, ModelSpec, load_hardware
 from moejax.cost import ServedStep, served_step
 
 from ._published import PublishedStep, Rig
@@ -84,9 +84,7 @@ class DecodeSummary(NamedTuple):
     explained: str
 
 
-def predict_decode(
-    steps: Iterable[PublishedStep], adjust: Adjust | None = None
-) -> list[DecodeRow]:
+def predict_decode(steps: Iterable[PublishedStep], adjust: Adjust | None = None) -> list[DecodeRow]:
     """Predicts every step that states what that needs.
 
     Args:
@@ -127,7 +125,7 @@ def _predict(step: PublishedStep, adjust: Adjust | None) -> DecodeRow:
     hardware = _hardware_of(step.rig)
     if adjust is not None:
         hardware = adjust(hardware, step)
-    served = _served(hardware, step)
+    served = _served(hardware, step, step.stored.spec, step.hit_ratio, step.context_tokens)
     return row._replace(
         predicted_s=served.step_s,
         error_ratio=served.step_s / step.step_s - 1,
@@ -138,27 +136,21 @@ def _predict(step: PublishedStep, adjust: Adjust | None) -> DecodeRow:
     )
 
 
-def _served(hardware: Hardware, step: PublishedStep) -> ServedStep:
-    assert step.stored is not None
-    assert step.hit_ratio is not None
-    assert step.context_tokens is not None
-
+def _served(
+    hardware: Hardware, step: PublishedStep, spec: ModelSpec, hit_ratio: float, context_tokens: int
+) -> ServedStep:
     def served(hit_ratio: float) -> ServedStep:
+        on_host = step.misses != "link"
         return served_step(
-            hardware,
-            step.stored.spec,
-            hit_ratio,
-            on_host=step.misses != "link",
-            context_tokens=step.context_tokens,
+            hardware, spec, hit_ratio, on_host=on_host, context_tokens=context_tokens
         )
 
     if step.misses != "host layers":
-        return served(step.hit_ratio)
+        return served(hit_ratio)
     # A layer has all of its experts on one side.
     hits, misses = served(1.0), served(0.0)
-    weights = (step.hit_ratio, 1 - step.hit_ratio)
     return ServedStep(
-        *(weights[0] * a + weights[1] * b for a, b in zip(hits, misses, strict=True))
+        *(hit_ratio * a + (1 - hit_ratio) * b for a, b in zip(hits, misses, strict=True))
     )
 
 
