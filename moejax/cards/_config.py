@@ -250,6 +250,11 @@ def _attention(fields: Fields, family: _Family, stated: Stated, num_layers: int)
                 "kv_values_per_token, of all layers.",
             )
         return stated.attention_params, stated.kv_values_per_token
+    if stated.attention_params is not None or stated.kv_values_per_token is not None:
+        raise BadFileError(
+            f"{fields.where}: the fields of {fields.text('model_type')} tell what attention takes",
+            "Leave out attention_params and kv_values_per_token.",
+        )
     hidden_size = fields.count("hidden_size")
     if fields.has("kv_lora_rank"):
         num_params, kv_values = _latent_attention(fields, hidden_size)

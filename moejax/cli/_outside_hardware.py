@@ -14,7 +14,7 @@ _SOURCES = (
     *("source", "num_rows", "num_predicted", "median_error_ratio", "worst_error_ratio"),
     *("published_intercept_s", "predicted_intercept_s", "published_slope_s", "predicted_slope_s"),
 )
-_RATES = ("quantity", "gpu", "size", "published_per_s", "predicted_per_s", "error_ratio", "source")
+_RATES = ("quantity", "gpu", "size", "published", "predicted", "error_ratio", "source")
 _OWN = (
     *("run", "quantity", "batch_size", "num_rows", "median_error_ratio", "worst_error_ratio"),
     "bias_ratio",
@@ -89,13 +89,22 @@ def _emit_tables(found: Mapping[str, Any], output: OutputFormat) -> None:
     for one in found["decode_sources"]:
         rows = [row for row in found["decode"] if row["source"] == one["source"]]
         emit(rows, output, columns=_STEPS, title=f"{one['source']}, on {profile}")
+    tables = {**found, "rates": [{**row, **_shown(row)} for row in found["rates"]]}
     for part, columns, title in (
         ("decode_sources", _SOURCES, "published decode steps, by source"),
         ("rates", _RATES, f"published rates that {profile} was not made from"),
         ("own_runs", _OWN, f"our own runs of the engine, predicted with {profile}"),
     ):
-        if found[part]:
-            emit(found[part], output, columns=columns, title=title)
+        if tables[part]:
+            emit(tables[part], output, columns=columns, title=title)
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+    """A published rate and ours as people read them."""
+    unit, scale = ("TFLOP/s", 1e12) if row["quantity"] == "compute" else ("GB/s", 1e9)
+    return {
+        name: f"{row[f'{name}_per_s'] / scale:.4g} {unit}" for name in ("published", "predicted")
+    }
 
 
 def _flat(found: Mapping[str, Any]) -> list[dict[str, Any]]:

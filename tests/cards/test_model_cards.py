@@ -101,6 +101,14 @@ def test_a_hybrid_model_needs_a_card(tmp_path):
     assert "attention_params" in caught.value.hint
 
 
+def test_attention_that_the_fields_tell_is_not_stated_again(tmp_path):
+    text = (models_dir() / "olmoe-1b-7b.toml").read_text(encoding="utf-8")
+    path = tmp_path / "card.toml"
+    path.write_text(text.replace("[config]", "attention_params = 9\n[config]"), encoding="utf-8")
+    with pytest.raises(BadFileError, match="tell what attention takes"):
+        load_model(path)
+
+
 def test_a_card_may_state_the_bits_of_other_weights(tmp_path):
     whole = load_model("qwen1.5-moe-a2.7b")
     text = (models_dir() / "qwen1.5-moe-a2.7b.toml").read_text(encoding="utf-8")

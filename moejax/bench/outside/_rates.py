@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from moejax.cards import load_hardware, models_dir
 from moejax.cost import CostParameters, copy_s, from_hardware, read_csv, smooth_maximum
+from moejax.units import format_bytes
 
 _FOLDER = models_dir() / "hardware" / "measurements"
 _CHECK = "check"
@@ -19,7 +20,7 @@ class RateRow(NamedTuple):
       profile: Hardware profile of the card.
       quantity: `copies`, `memory` or `compute`.
       gpu: Card, as the source spells it.
-      size: Bytes of a copy, or m x n x k of a product; empty where the source gives none.
+      size: Of a copy, or m x n x k of a product; empty where the source gives none.
       published_per_s: Bytes or FLOP a second.
       predicted_per_s: What the cost model says with the profile's constants.
       error_ratio: Predicted over published, minus 1.
@@ -95,7 +96,7 @@ def _transfer(parameters: CostParameters, fields: dict[str, str]) -> RateRow | N
         predicted = whole / float(copy_s(parameters, whole, place))
     else:
         return None
-    size = "" if num_bytes is None else f"{num_bytes:.0f}"
+    size = "" if num_bytes is None else format_bytes(num_bytes)
     return _row(fields, quantity, size, published, predicted)
 
 

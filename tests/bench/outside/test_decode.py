@@ -58,10 +58,9 @@ def test_a_prediction_is_that_of_the_profile_with_the_stated_memory():
 
 
 def test_layers_of_one_side_mix_the_steps_of_all_and_none():
-    index = next(
-        i for i, step in enumerate(STEPS) if step.misses == "host layers" and step.hit_ratio
-    )
-    (mixed,) = predict_decode([STEPS[index]])
+    layers = [step for step in STEPS if step.misses == "host layers"]
+    step = next(step for step in layers if step.hit_ratio is not None)
+    (mixed,) = predict_decode([step])
     hits, misses = (
         predict_decode([step._replace(hit_ratio=ratio, misses="host")])[0].predicted_s
         for ratio in (1.0, 0.0)

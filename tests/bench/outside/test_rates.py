@@ -53,7 +53,7 @@ def test_rates_are_those_of_the_cost_model():
 
 def test_copies_of_a_batch_are_taken_one_by_one():
     """32 copies of 64 KiB, of which the table gives all bytes together."""
-    rows = [row for row in predict_rates("rtx-3090") if row.size == "65536"]
+    rows = [row for row in predict_rates("rtx-3090") if row.size == "65.5 kB"]
     assert len(rows) == 2
     one_s = 5.34767e-6 + 65536 / 25.433e9
     assert all(row.predicted_per_s == pytest.approx(65536 / one_s, rel=1e-4) for row in rows)
