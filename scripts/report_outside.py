@@ -93,7 +93,7 @@ def draw(results: Row, folder: Path) -> None:
 
 
 def decode(results: Row) -> Figure:
-    """One panel a source: predicted against published step time, as shipped and as best explained."""
+    """Predicted against published step time, a panel for each source."""
     profile = results["profiles"]["rtx-3090"]
     explained = next(e for e in results["explanations"] if e["name"] == outside_page.BEST)
     points: dict[str, list[tuple[float, float, float]]] = {}
@@ -126,7 +126,7 @@ def _panel(axes: Axes, times_s: list[tuple[float, float, float]]) -> None:
         *(published, with_terms, "D"),
         color=other.colour,
         markerfacecolor="none",
-        label="with the two terms of the best explanation",
+        label="best explanation",
     )
     axes.set(xlim=(0, limit), ylim=(0, limit))
 
