@@ -16,6 +16,7 @@ from moejax.cli import main
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import engine_goals
+import outside_page
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -124,6 +125,36 @@ def test_figures_of_the_engine_are_those_of_its_run():
         f"takes {results['prefill']['bound_ratio']:.2f} times the copy of all experts",
     )
     assert not [part for part in shown if part not in words]
+
+
+def test_figures_of_others_measurements_are_those_of_their_report():
+    results, words = read_results("outside-truth"), " ".join(README.split())
+    found = outside_page.summary(results)
+
+    def listed(ratios: list[float]) -> str:
+        *first, last = (f"{100 * ratio:.1f}" for ratio in ratios)
+        return f"{', '.join(first)} and {last} %"
+
+    sources = results["profiles"]["rtx-3090"]["decode_sources"]
+    lines = [one for one in sources if one["published_slope_s"] is not None]
+
+    def off(name: str) -> list[float]:
+        ratios = [one[f"predicted_{name}_s"] / one[f"published_{name}_s"] - 1 for one in lines]
+        return sorted(100 * abs(ratio) for ratio in ratios)
+
+    short, long = off("intercept"), off("slope")
+    own = [100 * ratio for ratio in found["own_medians"]]
+    shown = (
+        f"{found['num_steps']} decode steps of two models",
+        f"off by {listed(found['medians'])} in the median; the target was 15",
+        "three meet the target by errors that cancel",
+        f"we are {short[0]:.0f} to {short[-1]:.0f} % too fast",
+        f"what misses add is {long[0]:.0f} to {long[-1]:.0f} % too much",
+        f"would leave {listed(found['medians_with_terms'])}",
+        f"off by {min(own):.1f} to {max(own):.1f} % in the median of each run",
+    )
+    assert not [part for part in shown if part not in words]
+    assert found["num_met"] == 3
 
 
 def test_figures_of_strategies_and_goals_are_those_of_the_run_of_the_engine():

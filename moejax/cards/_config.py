@@ -12,16 +12,38 @@ _MAX_EXPERTS = 65534
 
 
 @dataclass(frozen=True)
+class Stated:
+    """What a card states because no configuration does.
+
+    Attributes:
+      expert_bytes: Size of one expert as stored; None computes it.
+      dense_bits: `ModelSpec.dense_bits`.
+      attention_params: `ModelSpec.attention_params`, where layers attend in several ways.
+      kv_values_per_token: `ModelSpec.kv_values_per_token`, likewise.
+    """
+
+    expert_bytes: int | None = None
+    dense_bits: float | None = None
+    attention_params: int | None = None
+    kv_values_per_token: int | None = None
+
+
+@dataclass(frozen=True)
 class _Family:
     """What an architecture has that its configuration does not state.
 
     Attributes:
       expert_size: Field that holds the width of a routed expert.
       qk_norm: Norms of queries and keys: none, over one `head`, or over `all` heads.
+      dense_layers: Which layers have no experts: none, those that a `step` and a list name, or the
+        `first` ones.
+      is_attention_stated: Layers attend in several ways, so a card must state what the mean one
+        takes.
     """
 
     expert_size: str = "moe_intermediate_size"
     qk_norm: str = ""
+    dense_layers: str = ""
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_attention_sinks: bool = False
@@ -30,15 +52,20 @@ class _Family:
     has_shared_expert_gate: bool = False
     is_head_dim_stated: bool = False
     is_always_renormalised: bool = False
+    is_attention_stated: bool = False
 
 
 _FAMILIES = {
-    "qwen2_moe": _Family(has_qkv_bias=True, has_shared_expert_gate=True),
-    "qwen3_moe": _Family(qk_norm="head", is_head_dim_stated=True),
+    "qwen2_moe": _Family(dense_layers="step", has_qkv_bias=True, has_shared_expert_gate=True),
+    "qwen3_moe": _Family(dense_layers="step", qk_norm="head", is_head_dim_stated=True),
+    "qwen4_exp_text": _Family(
+        has_shared_expert_gate=True, is_head_dim_stated=True, is_attention_stated=True
+    ),
     "olmoe": _Family(expert_size="intermediate_size", qk_norm="all"),
     "mixtral": _Family(expert_size="intermediate_size", is_always_renormalised=True),
-    "deepseek": _Family(),
-    "deepseek_v2": _Family(),
+    "deepseek": _Family(dense_layers="first"),
+    "deepseek_v2": _Family(dense_layers="first"),
+    "glm5_next_text": _Family(dense_layers="first", is_attention_stated=True),
     "gpt_oss": _Family(
         expert_size="intermediate_size",
         has_qkv_bias=True,
@@ -59,7 +86,7 @@ def read_config(
     hub_id: str = "",
     source: str = "",
     note: str = "",
-    expert_bytes: int | None = None,
+    stated: Stated | None = None,
 ) -> ModelSpec:
     """Reads the old flat and the new nested spelling of a `config.json` alike.
 
@@ -69,37 +96,46 @@ def read_config(
       hub_id: `Organisation/Name`, if known.
       source: Where the fields were read.
       note: What a reader must know.
-      expert_bytes: Overrides the size of one expert as stored.
+      stated: What a card says beyond the configuration.
 
     Raises:
       BadFileError: A field is missing, of the wrong kind, or contradicts another one.
     """
     model_type = fields.text("model_type")
+    stated = Stated() if stated is None else stated
     if model_type == "switch_transformers":
         spec = _read_switch(fields, name, hub_id, source, note)
     elif model_type in _FAMILIES:
-        spec = _read_decoder(fields, _FAMILIES[model_type], name, hub_id, source, note)
+        family = _FAMILIES[model_type]
+        spec = _read_decoder(fields, family, stated, name, hub_id, source, note)
     else:
         known = ", ".join([*_FAMILIES, "switch_transformers"])
         raise BadFileError(
             f"{fields.where}: model_type {model_type!r} is not known", f"Known: {known}."
         )
+    expert_bytes = stated.expert_bytes
     if expert_bytes is None:
         expert_bytes = _stored_expert_bytes(fields, spec)
-    spec = replace(spec, expert_bytes=expert_bytes)
+    spec = replace(spec, expert_bytes=expert_bytes, dense_bits=stated.dense_bits)
     _check(spec, fields.where)
     return spec
 
 
 def _read_decoder(
-    fields: Fields, family: _Family, name: str, hub_id: str, source: str, note: str
+    fields: Fields,
+    family: _Family,
+    stated: Stated,
+    name: str,
+    hub_id: str,
+    source: str,
+    note: str,
 ) -> ModelSpec:
     num_layers = fields.count("num_hidden_layers")
     hidden_size = fields.count("hidden_size")
     num_experts = fields.agreed_count("num_experts", "num_local_experts", "n_routed_experts")
     moe_size = fields.count(family.expert_size)
-    num_moe_layers = _num_moe_layers(fields, num_layers)
-    attention_params, kv_values = _attention(fields, family, hidden_size)
+    num_moe_layers = _num_moe_layers(fields, family, num_layers)
+    attention_params, kv_values_per_token = _attention(fields, family, stated, num_layers)
     shared_size = _shared_size(fields, family, moe_size)
     shared_params = 3 * hidden_size * shared_size
     if shared_size and family.has_shared_expert_gate:
@@ -140,7 +176,7 @@ def _read_decoder(
         router_params=hidden_size * num_experts + (num_experts if family.has_router_bias else 0),
         shared_expert_params=shared_params,
         other_params=hidden_size,
-        kv_values_per_token=num_layers * kv_values,
+        kv_values_per_token=kv_values_per_token,
         source=source,
         note=note,
     )
@@ -191,24 +227,38 @@ def _read_switch(fields: Fields, name: str, hub_id: str, source: str, note: str)
     )
 
 
-def _num_moe_layers(fields: Fields, num_layers: int) -> int:
+def _num_moe_layers(fields: Fields, family: _Family, num_layers: int) -> int:
     """Layers with routed experts, in the ways the architectures say it."""
-    model_type = fields.text("model_type")
-    if model_type.startswith("qwen"):
+    if family.dense_layers == "step":
         step = fields.count("decoder_sparse_step")
         dense = set(fields.counts("mlp_only_layers"))
         return sum((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
-    if model_type.startswith("deepseek"):
+    if family.dense_layers == "first":
         num_dense = fields.count("first_k_dense_replace", least=0)
         step = fields.count("moe_layer_freq") if fields.has("moe_layer_freq") else 1
         return sum(layer % step == 0 for layer in range(num_dense, num_layers))
     return num_layers
 
 
-def _attention(fields: Fields, family: _Family, hidden_size: int) -> tuple[int, int]:
-    """Parameters of one layer's attention with both norms, and cached numbers per token."""
+def _attention(fields: Fields, family: _Family, stated: Stated, num_layers: int) -> tuple[int, int]:
+    """Parameters of a layer's attention with both norms, and a token's numbers in all caches."""
+    if family.is_attention_stated:
+        if stated.attention_params is None or stated.kv_values_per_token is None:
+            raise BadFileError(
+                f"{fields.where}: layers of {fields.text('model_type')} attend in several ways",
+                "Write a card with attention_params, the mean of a layer, and "
+                "kv_values_per_token, of all layers.",
+            )
+        return stated.attention_params, stated.kv_values_per_token
+    if stated.attention_params is not None or stated.kv_values_per_token is not None:
+        raise BadFileError(
+            f"{fields.where}: the fields of {fields.text('model_type')} tell what attention takes",
+            "Leave out attention_params and kv_values_per_token.",
+        )
+    hidden_size = fields.count("hidden_size")
     if fields.has("kv_lora_rank"):
-        return _latent_attention(fields, hidden_size)
+        num_params, kv_values = _latent_attention(fields, hidden_size)
+        return num_params, num_layers * kv_values
     head_dim = _head_dim(fields, family, hidden_size)
     q_size = fields.count("num_attention_heads") * head_dim
     kv_size = fields.count("num_key_value_heads") * head_dim
@@ -222,7 +272,7 @@ def _attention(fields: Fields, family: _Family, hidden_size: int) -> tuple[int, 
     if family.has_attention_sinks:
         num_params += fields.count("num_attention_heads")
     num_params += {"": 0, "head": 2 * head_dim, "all": q_size + kv_size}[family.qk_norm]
-    return num_params, 2 * kv_size
+    return num_params, num_layers * 2 * kv_size
 
 
 def _latent_attention(fields: Fields, hidden_size: int) -> tuple[int, int]:
@@ -261,7 +311,7 @@ def _head_dim(fields: Fields, family: _Family, hidden_size: int) -> int:
 def _shared_size(fields: Fields, family: _Family, moe_size: int) -> int:
     if family.has_shared_expert_gate:
         return fields.count("shared_expert_intermediate_size", least=0)
-    if not fields.text("model_type").startswith("deepseek"):
+    if family.dense_layers != "first":
         return 0
     # Null says that there is none; a field that is not there at all says nothing.
     if "n_shared_experts" in fields.values and not fields.has("n_shared_experts"):

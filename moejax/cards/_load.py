@@ -5,13 +5,17 @@ from pathlib import Path
 
 from moejax.errors import BadFileError, UsageError
 
-from ._config import read_config
+from ._config import Stated, read_config
 from ._fields import Fields
 from ._places import MODELS, first_line, models_dir, read_card, unknown_name
 from ._spec import ModelSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CARD_KEYS = {"name", "hub_id", "source", "note", "expert_bytes", "config"}
+# No model has experts of a gigabyte, but Mixtral's exceed the bound of other counts.
+_MAX_STATED = 2**40
+_MAX_BITS = 64
+_STATED = ("expert_bytes", "attention_params", "kv_values_per_token")
+_CARD_KEYS = {"name", "hub_id", "source", "note", "config", "dense_bits", *_STATED}
 _HINT = "A card, a config.json, a checkpoint folder or a hub id works too."
 
 
@@ -70,21 +74,31 @@ def _read_model_card(path: Path) -> ModelSpec:
         hub_id=card.text("hub_id", ""),
         source=card.text("source"),
         note=card.text("note", ""),
-        # No model has experts of a gigabyte, but Mixtral's exceed the bound of other counts.
-        expert_bytes=_expert_bytes(card),
+        stated=Stated(**{name: _stated(card, name) for name in _STATED}, dense_bits=_bits(card)),
     )
 
 
-def _expert_bytes(card: Fields) -> int | None:
-    value = card.values.get("expert_bytes")
+def _stated(card: Fields, name: str) -> int | None:
+    value = card.values.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MAX_STATED:
         raise BadFileError(
-            f"{card.where}: expert_bytes = {value!r} is no sensible size",
-            "State the bytes of one routed expert.",
+            f"{card.where}: {name} = {value!r} is no sensible size",
+            "State a whole number above 0; `expert_bytes` is that of one routed expert.",
         )
     return value
+
+
+def _bits(card: Fields) -> float | None:
+    if not card.has("dense_bits"):
+        return None
+    if (bits := card.number("dense_bits")) > _MAX_BITS:
+        raise BadFileError(
+            f"{card.where}: dense_bits = {bits} exceeds {_MAX_BITS}",
+            "State the bits that a parameter outside the routed experts takes.",
+        )
+    return bits
 
 
 def _read_hub(hub_id: str, offline: bool) -> ModelSpec:

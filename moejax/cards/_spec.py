@@ -36,6 +36,8 @@ class ModelSpec:
         sliding windows are ignored.
       source: Where the facts were read.
       note: What a reader must know before trusting them.
+      dense_bits: Bits that a parameter outside the routed experts takes as stored, on average;
+        None where they are all stored in `dtype`.
     """
 
     name: str
@@ -66,10 +68,11 @@ class ModelSpec:
     kv_values_per_token: int
     source: str
     note: str = ""
+    dense_bits: float | None = None
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of one parameter that is not quantised."""
+        """Bytes of one parameter, and of one cached number, that is not quantised."""
         return DTYPE_BYTES[self.dtype]
 
     @property
@@ -90,25 +93,31 @@ class ModelSpec:
             + self.other_params
         )
 
+    def stored_bytes(self, num_params: int) -> int:
+        """Bytes of parameters outside the routed experts, as stored."""
+        if self.dense_bits is None:
+            return num_params * self.dtype_bytes
+        return round(num_params * self.dense_bits / 8)
+
     @property
     def dense_bytes(self) -> int:
         """Everything but the routed experts; stays on the device."""
-        return self.dense_params * self.dtype_bytes
+        return self.stored_bytes(self.dense_params)
 
     @property
     def attention_bytes(self) -> int:
         """Projections, router and norms of one layer."""
-        return (self.attention_params + self.router_params) * self.dtype_bytes
+        return self.stored_bytes(self.attention_params + self.router_params)
 
     @property
     def shared_expert_bytes(self) -> int:
         """Shared expert of one layer; 0 where there is none."""
-        return self.shared_expert_params * self.dtype_bytes
+        return self.stored_bytes(self.shared_expert_params)
 
     @property
     def head_bytes(self) -> int:
         """The matrix that turns the last hidden state into logits."""
-        return self.vocab_size * self.hidden_size * self.dtype_bytes
+        return self.stored_bytes(self.vocab_size * self.hidden_size)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ._options import DEFAULT_HARDWARE, DEFAULT_MODEL
+from ._outside_hardware import hardware_figures
 from ._outside_workloads import gated_figures
 from ._progress import Progress
 
@@ -31,7 +32,7 @@ class Check(NamedTuple):
       expected: The number from outside; [lowest, highest] where that is a range.
       ours: What moejax computes.
       tolerance: Largest difference allowed, in the same unit; of a range, from its nearer end.
-      ok: Whether the difference is within it.
+      ok: Whether the difference is within it; None where it is not and the source says why.
       source: Where `expected` comes from.
     """
 
@@ -39,7 +40,7 @@ class Check(NamedTuple):
     expected: float | list[float]
     ours: float
     tolerance: float
-    ok: bool
+    ok: bool | None
     source: str
 
 
@@ -53,6 +54,7 @@ def check_outside_numbers(seed: int, progress: Progress) -> list[Check]:
     parts = {
         "arithmetic": _check_sizes(),
         "RTX 3090 copies": _check_copies(),
+        "decode steps": _check_decode(),
         "default workload": _check_workload(seed),
         "other workloads": _check_other_workloads(seed),
     }
@@ -110,6 +112,14 @@ def _check_copies() -> Iterator[Check]:
         _ANCHOR_TOLERANCE_RATIO * _ANCHOR_BYTES_PER_S / 1e9,
         "published large copies, idle host",
     )
+
+
+def _check_decode() -> Iterator[Check]:
+    for figure in hardware_figures():
+        check = _near(figure.label, 0, figure.error_ratio, figure.target_ratio, figure.source)
+        if not check.ok and figure.explained:
+            check = check._replace(ok=None, source=f"{figure.source}: {figure.explained}")
+        yield check
 
 
 def _check_workload(seed: int) -> Iterator[Check]:

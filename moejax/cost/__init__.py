@@ -40,6 +40,8 @@ from ._measurements import read_transfers as read_transfers
 from ._parameters import CostParameters as CostParameters
 from ._parameters import from_hardware as from_hardware
 from ._profile_text import format_profile as format_profile
+from ._served import ServedStep as ServedStep
+from ._served import served_step as served_step
 from ._step import event_s as event_s
 from ._step import step_latency_s as step_latency_s
 from ._uncertainty import INTERVAL_RATIO as INTERVAL_RATIO

@@ -139,7 +139,7 @@ def traced_clock(
     num_dense_layers = model.num_layers - model.num_moe_layers
     if num_dense_layers:
         ffn_params = model.expert_matrices * model.hidden_size * model.intermediate_size
-        ffn_s = dense_s(ffn_params * model.dtype_bytes, 2 * ffn_params)
+        ffn_s = dense_s(model.stored_bytes(ffn_params), 2 * ffn_params)
         step_s = step_s + num_dense_layers * (attention_s + ffn_s)
     expert_copy_s = jnp.asarray(copy_s(parameters, sizes))
     return LayerClock(

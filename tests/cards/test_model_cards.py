@@ -81,6 +81,48 @@ def test_deepseek_v2_lite_has_latent_attention():
     assert spec.kv_bytes_per_token == 27 * (512 + 64) * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "billions", "topk", "num_experts", "num_layers"),
+    [("glm-5.3-flash", 313, 8, 288, 42), ("qwen3.8-flash-next", 125, 10, 512, 48)],
+)
+def test_hybrid_models_have_their_published_size(name, billions, topk, num_experts, num_layers):
+    spec = load_model(name)
+    assert spec.total_params / 1e9 == pytest.approx(billions, rel=0.01)
+    shape = (spec.num_experts_per_tok, spec.num_experts, spec.num_moe_layers)
+    assert shape == (topk, num_experts, num_layers)
+
+
+def test_a_hybrid_model_needs_a_card(tmp_path):
+    text = (models_dir() / "glm-5.3-flash.toml").read_text(encoding="utf-8")
+    path = tmp_path / "card.toml"
+    path.write_text(text.replace("attention_params", "# attention_params"), encoding="utf-8")
+    with pytest.raises(BadFileError, match="attend in several ways") as caught:
+        load_model(path)
+    assert "attention_params" in caught.value.hint
+
+
+def test_attention_that_the_fields_tell_is_not_stated_again(tmp_path):
+    text = (models_dir() / "olmoe-1b-7b.toml").read_text(encoding="utf-8")
+    path = tmp_path / "card.toml"
+    path.write_text(text.replace("[config]", "attention_params = 9\n[config]"), encoding="utf-8")
+    with pytest.raises(BadFileError, match="tell what attention takes"):
+        load_model(path)
+
+
+def test_a_card_may_state_the_bits_of_other_weights(tmp_path):
+    whole = load_model("qwen1.5-moe-a2.7b")
+    text = (models_dir() / "qwen1.5-moe-a2.7b.toml").read_text(encoding="utf-8")
+    path = tmp_path / "card.toml"
+    path.write_text(text.replace("[config]", "dense_bits = 4.5\n[config]"), encoding="utf-8")
+    quantised = load_model(path)
+    assert quantised.dense_bytes == round(whole.dense_params * 4.5 / 8)
+    assert quantised.expert_bytes == whole.expert_bytes
+    for bits in ("0", "65", '"few"'):
+        path.write_text(text.replace("[config]", f"dense_bits = {bits}\n[config]"))
+        with pytest.raises(BadFileError, match="dense_bits"):
+            load_model(path)
+
+
 def test_reference_study_geometry():
     spec = load_model("reference-study")
     assert (spec.num_moe_layers, spec.num_experts, spec.num_experts_per_tok) == (28, 64, 8)

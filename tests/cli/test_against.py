@@ -93,7 +93,7 @@ def test_a_profile_is_needed(against, folder):
     assert "--hardware" in said
 
 
-@pytest.mark.parametrize("arguments", [["--hardware", "h100"], ["--against", "a.json", "b.toml"]])
+@pytest.mark.parametrize("arguments", [["--out", "a.json"], ["--against", "a.json", "b.toml"]])
 def test_options_that_do_not_go_together(arguments, capsys):
     assert cli.main(["validate", *arguments]) == 2
     assert "error:" in capsys.readouterr().err
