@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.engine import DenseModel, OffloadEngine, prepare_model
+from moejax.devices import ONE_DEVICE, Team
+from moejax.engine import DenseModel, OffloadEngine, prepare_model, spread_model
 from moejax.offload import ExpertLayout, ExpertStore, Scope, SlotPlan, random_store
 from moejax.qwen_moe import QwenMoe, QwenMoeConfig, RoutedExperts, abstract
 from moejax.simulate import PrefetchSchedule
@@ -114,6 +115,7 @@ def random_rig(
     name: str,
     dtype: str | None = None,
     kernels: str = "auto",
+    team: Team = ONE_DEVICE,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Rig:
@@ -124,6 +126,7 @@ def random_rig(
       name: What it is called.
       dtype: Type of the weights; the config's by default.
       kernels: Of the engine.
+      team: The devices that share the experts; the weights do not depend on them.
       seed: Seed of the weights.
       on_progress: Told the bytes done and the bytes to do of the experts, after every layer.
 
@@ -135,8 +138,8 @@ def random_rig(
         config.num_experts, config.hidden_size, config.moe_intermediate_size, dtype
     )
     num_layers = len(config.moe_layers)
-    store = random_store(layout, num_layers, seed, on_progress=on_progress)
-    model = prepare_model(_random_model(config, dtype, seed), kernels)
+    store = random_store(layout, num_layers, seed, team=team, on_progress=on_progress)
+    model = spread_model(prepare_model(_random_model(config, dtype, seed), kernels), team)
     return Rig(name, model, store, kernels, has_random_weights=True)
 
 

@@ -3,6 +3,7 @@
 from ._dense_model import KERNELS as KERNELS
 from ._dense_model import DenseModel as DenseModel
 from ._dense_model import prepare_model as prepare_model
+from ._dense_model import spread_model as spread_model
 from ._engine import Engine as Engine
 from ._event import COUNTS as COUNTS
 from ._event import ReplayTable as ReplayTable

@@ -1,6 +1,7 @@
 """What may be asked of an engine; everything is refused before the first token is computed."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int32
@@ -13,6 +14,8 @@ from ._programs import ProgramSettings, cache_bucket, prompt_bucket
 from ._sampling import Sampling
 
 _MAX_SEED = 2**32 - 1
+
+_Of = TypeVar("_Of")
 
 
 def check_generation(
@@ -113,6 +116,22 @@ def check_fit(config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan) -> None
             f"fit {num_layers} layers of {num_experts} experts on a device",
             "Make a plan of this model.",
         )
+
+
+def one_each(given: _Of | Sequence[_Of], kind: type[_Of], num_devices: int) -> tuple[_Of, ...]:
+    """What was given for all devices or for each, as one for each.
+
+    Raises:
+      UsageError: There are more or fewer than devices.
+    """
+    if isinstance(given, kind):
+        return (given,) * num_devices
+    if len(given) != num_devices:
+        raise UsageError(
+            f"{len(given)} of {kind.__name__} were given for {num_devices} device(s)",
+            "Give one for all devices, or one for each.",
+        )
+    return tuple(given)
 
 
 def _check_prompt(

@@ -97,7 +97,7 @@ def make_sizes(
 def empty_cache(
     sizes: Sizes,
     layout: ExpertLayout,
-    plan: SlotPlan,
+    plans: Sequence[SlotPlan],
     strategies: Sequence[Strategy],
     dtype: DTypeLike,
     *,
@@ -109,20 +109,20 @@ def empty_cache(
     Args:
       sizes: What programs are compiled for.
       layout: One packed layer.
-      plan: How many slots of a device are in use.
+      plans: How many slots are in use, one for each device.
       strategies: What scores, one for each device.
       dtype: Type of the weights.
       num_allocated: How many slots of a device there are; no more than are in use by default.
       team: The devices.
     """
     # A step always reads a slot, even if it has no use for what lies there.
-    num_slots = max(1, num_allocated or plan.num_slots)
+    num_allocated = max(num_allocated or 0, *[plan.num_slots for plan in plans], 1)
     tables = [
-        _empty_tables(sizes, plan, strategy, num_allocated or plan.num_slots, device)
-        for device, strategy in enumerate(strategies)
+        _empty_tables(sizes, plan, strategy, num_allocated, device)
+        for device, (plan, strategy) in enumerate(zip(plans, strategies, strict=True))
     ]
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *tables)
-    shape = (team.num_devices * num_slots, layout.num_rows, layout.hidden)
+    shape = (team.num_devices * num_allocated, layout.num_rows, layout.hidden)
     return ExpertCache(
         jnp.zeros(shape, dtype, device=team.sharding(Team.OWN)), team.place(joined, Team.OWN)
     )

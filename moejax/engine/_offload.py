@@ -18,7 +18,7 @@ from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
 from moejax.strategies import CacheShape, Strategy, check_pool
 
-from ._check import check_fit, check_generation
+from ._check import check_fit, check_generation, one_each
 from ._decode import make_program, make_step, program_specs
 from ._dense_model import DenseModel, choose_kernels, spread_model
 from ._event import COUNTS, ReplayTable
@@ -59,7 +59,8 @@ class OffloadEngine:
         Kernels stack its weights; `prepare_model` does it once for several engines and leaves
         no second copy.
       store: Those experts, and the devices that share them.
-      plan: How many of them each device holds.
+      plan: How many of them the device holds; of several devices one for each, or the same for
+        all.
       strategy: Which of them; of several devices one for each, or the same for all.
       kernels: One of `KERNELS`.
       layers_per_copy: In the shadow of how many layers one expert is copied, where the strategy
@@ -73,7 +74,7 @@ class OffloadEngine:
         self,
         model: QwenMoe | DenseModel,
         store: ExpertStore,
-        plan: SlotPlan,
+        plan: SlotPlan | Sequence[SlotPlan],
         strategy: Strategy | Sequence[Strategy],
         *,
         kernels: str = "auto",
@@ -81,28 +82,29 @@ class OffloadEngine:
     ):
         self.config: QwenMoeConfig = model.config
         self.kernels = choose_kernels(kernels, model)
-        self.plan, self._num_allocated = plan, plan.num_slots
+        self.plan = plan
+        plans = self._plans(plan, store)
+        self._num_allocated, scope = max(plan.num_slots for plan in plans), plans[0].scope
         self.num_compiles = {"decode": 0}
-        check_fit(model.config, store, plan)
         self._store, self._team = store, store.team
-        self._strategies = _one_each(strategy, self._team.num_devices)
+        self._strategies = one_each(strategy, Strategy, self._team.num_devices)
         # The program is one; what distinguishes the devices' strategies is in their states.
         strategy = self._strategy = self._strategies[0]
-        if plan.scope == "pool":
+        if scope == "pool":
             check_pool(strategy.keeps_layers_apart)
         shape = CacheShape(
             len(self.config.moe_layers), self.config.num_experts, self.config.num_experts_per_tok, 1
         )
         self.schedule = schedule(store.layout.num_rows, layers_per_copy)
         self.sizes = make_sizes(
-            shape, store.layout, plan.scope, strategy, self.schedule, self._team.num_devices
+            shape, store.layout, scope, strategy, self.schedule, self._team.num_devices
         )
         if isinstance(model, QwenMoe) and self.kernels != "xla":
             model = DenseModel(model.config, pack_dense(model))
         model = spread_model(model, self._team)
         self._prefill = StreamedPrefill(model, store.layers, team=self._team)
         # What reads the future has none here, and a pool's layers compete for the same slots.
-        is_warm = plan.scope == "layer" and plan.num_slots > 0 and not strategy.reads_future
+        is_warm = scope == "layer" and self._num_allocated > 0 and not strategy.reads_future
         self._warm_up = WarmUp(strategy, self.sizes, self._team) if is_warm else None
         self._graph: Any = None
         if isinstance(model, DenseModel):
@@ -120,19 +122,19 @@ class OffloadEngine:
         slots = self._num_allocated * self._store.layout.expert_bytes
         return {"dense": sum(dense.values()), "slots": slots}
 
-    def with_plan(self, plan: SlotPlan) -> "OffloadEngine":
+    def with_plan(self, plan: SlotPlan | Sequence[SlotPlan]) -> "OffloadEngine":
         """The same programs with another plan, which may leave slots unused; nothing is compiled.
 
         Raises:
           UsageError: The plan is of another scope or model, or needs more slots than there are.
         """
-        check_fit(self.config, self._store, plan)
-        if plan.scope != self.plan.scope or plan.num_slots > self._num_allocated:
-            raise UsageError(
-                f"a plan of {plan.num_slots} slots ({plan.scope}) does not fit into "
-                f"{self._num_allocated} ({self.plan.scope})",
-                "Make an engine of this plan.",
-            )
+        for each in self._plans(plan, self._store):
+            if each.scope != self.sizes.scope or each.num_slots > self._num_allocated:
+                raise UsageError(
+                    f"a plan of {each.num_slots} slots ({each.scope}) does not fit into "
+                    f"{self._num_allocated} ({self.sizes.scope})",
+                    "Make an engine of this plan.",
+                )
         other = copy.copy(self)
         other.plan = plan
         return other
@@ -374,12 +376,21 @@ class OffloadEngine:
         return empty_expert_cache(
             self.sizes,
             self._store.layout,
-            self.plan,
+            self._plans(self.plan, self._store),
             self._strategies,
             self._dtype,
             num_allocated=self._num_allocated,
             team=self._team,
         )
+
+    def _plans(
+        self, plan: SlotPlan | Sequence[SlotPlan], store: ExpertStore
+    ) -> tuple[SlotPlan, ...]:
+        """A plan for each device, all of which fit the model."""
+        plans = one_each(plan, SlotPlan, store.team.num_devices)
+        for each in plans:
+            check_fit(self.config, store, each)
+        return plans
 
     def _num_columns(self, batch_size: int) -> int:
         return batch_size if batch_size == 1 or self.kernels == "xla" else 16
@@ -390,14 +401,3 @@ class OffloadEngine:
                 "the oracle knows the future only where recorded routing is replayed",
                 "Replay a trace, or use another strategy.",
             )
-
-
-def _one_each(strategy: Strategy | Sequence[Strategy], num_devices: int) -> tuple[Strategy, ...]:
-    if isinstance(strategy, Strategy):
-        return (strategy,) * num_devices
-    if len(strategy) != num_devices:
-        raise UsageError(
-            f"{len(strategy)} strategies were given for {num_devices} device(s)",
-            "Give one for all devices, or one for each.",
-        )
-    return tuple(strategy)

@@ -1,0 +1,218 @@
+"""An engine whose experts several devices share: what they counted, what bounds them."""
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, UInt
+
+from moejax.devices import Team
+from moejax.engine import COUNTS, OffloadEngine, OffloadState
+from moejax.offload import SlotPlan
+from moejax.results import Measurement
+from moejax.strategies import Strategy
+from moejax.trace import Trace, share_of
+
+from ._engine_counts import first_difference, simulated_counts
+from ._engine_rig import Rig, StepSizes
+from ._engine_steps import Routing, Steps, replay_table, with_tokens
+
+_NUM_SAMPLES = 9
+_LINKED = (24, 240)
+"""All-reduces in a chain; two lengths tell one of them from the call."""
+
+
+class Links(NamedTuple):
+    """Rates of the devices' links and of what joins the devices.
+
+    Attributes:
+      alone_bytes_per_s: One device copies from the host, the others idle.
+      beside_bytes_per_s: Each of them, while all copy.
+      all_reduce_s: Adding up float32 vectors over the devices, by their bytes: a chain of them
+        within one program.
+      samples: What the medians were computed from.
+    """
+
+    alone_bytes_per_s: float
+    beside_bytes_per_s: float
+    all_reduce_s: dict[int, float]
+    samples: dict[str, Measurement]
+
+
+def measure_links(
+    layer: Array, team: Team, *, hidden: int, batch_sizes: Sequence[int]
+) -> Links:
+    """Measures copies of a layer of the store, and all-reduces.
+
+    Args:
+      layer: Packed experts of one layer, each device's own in host memory.
+      team: Several devices.
+      hidden: Width of the residual stream.
+      batch_sizes: Requests; the kernels pad several to 16.
+    """
+    first = layer.addressable_shards[0].data
+    samples = {
+        "alone": _sample(partial(_send, first)),
+        "beside": _sample(partial(_send, layer)),
+    }
+    reduced = {}
+    for size in batch_sizes:
+        columns = 1 if size == 1 else 16
+        x = team.place(jnp.ones((hidden, columns), jnp.float32), Team.ALIKE)
+        short, long = (_chain(team, number) for number in _LINKED)
+        few, many = _sample(partial(short, x)), _sample(partial(long, x))
+        samples[f"{_LINKED[0]} all-reduces of {x.nbytes} bytes"] = few
+        samples[f"{_LINKED[1]} all-reduces of {x.nbytes} bytes"] = many
+        added_s = float(np.median(many.samples) - np.median(few.samples))
+        reduced[x.nbytes] = added_s / (_LINKED[1] - _LINKED[0])
+    return Links(
+        alone_bytes_per_s=first.nbytes / float(np.median(samples["alone"].samples)),
+        beside_bytes_per_s=first.nbytes / float(np.median(samples["beside"].samples)),
+        all_reduce_s=reduced,
+        samples=samples,
+    )
+
+
+def devices_record(
+    steps: Steps,
+    sizes: StepSizes,
+    *,
+    num_devices: int,
+    batch_size: int,
+    mean_context: float,
+    num_warmup: int,
+    link_bytes_per_s: float,
+    hbm_bytes_per_s: float,
+) -> dict[str, Any]:
+    """The record of a case: what was measured after the warm-up, and its bounds.
+
+    A layer waits for its slowest device, so `bound_sum_s` adds up, layer by layer, what the
+    slowest needs for its fetched and its resident experts, and what every device reads in a step.
+    """
+    counts = by_device(steps.counts, num_devices)[num_warmup:].astype(np.float64)
+    hits, misses, rows = (counts[..., COUNTS.index(n)] for n in ("hits", "misses", "fetched_rows"))
+    link_s = rows * sizes.row_bytes / link_bytes_per_s
+    read_s = hits * sizes.expert_bytes / hbm_bytes_per_s
+    alike_bytes = sizes.dense_bytes + batch_size * mean_context * sizes.position_bytes
+    bound_s = float((link_s + read_s).max(1).sum(1).mean()) + alike_bytes / hbm_bytes_per_s
+    step_s = steps.step_s[num_warmup:]
+    median_s = float(np.median(step_s))
+    demands = counts[..., COUNTS.index("demands")].sum()
+    return {
+        "num_devices": num_devices,
+        "batch_size": batch_size,
+        "mean_context": mean_context,
+        "hit_ratio": float(hits.sum() / demands) if demands else 0.0,
+        "misses_per_step": misses.sum(2).mean(0).tolist(),
+        "slowest_misses_per_step": float(misses.max(1).sum(1).mean()),
+        "layer_misses": misses.mean(0).tolist(),
+        "fetched_bytes_per_step": float(rows.sum((1, 2)).mean()) * sizes.row_bytes,
+        "step_s": {
+            "median": median_s,
+            "p95": float(np.percentile(step_s, 95)),
+            "samples": list(step_s),
+        },
+        "num_warmup_steps": num_warmup,
+        "bound_sum_s": bound_s,
+        "bound_sum_ratio": median_s / bound_s,
+    }
+
+
+def by_device(
+    counts: Int32[np.ndarray, "steps device_layers counts"], num_devices: int
+) -> Int32[np.ndarray, "steps devices layers counts"]:
+    """What each device counted; an engine gives their layers one device behind another."""
+    return counts.reshape(len(counts), num_devices, -1, counts.shape[-1])
+
+
+def shares_difference(
+    rig: Rig,
+    plans: Sequence[SlotPlan],
+    strategy: Strategy,
+    experts: UInt[np.ndarray, "steps layers places_topk"],
+    counts: Int32[np.ndarray, "steps device_layers counts"],
+    batch_size: int,
+) -> str | None:
+    """Where a device's counts part from the simulator's on its share; None where none does."""
+    num_devices = len(plans)
+    for device, (plan, found) in enumerate(
+        zip(plans, by_device(counts, num_devices).swapaxes(0, 1), strict=True)
+    ):
+        own, num_experts = _share(experts, rig.config.num_experts, batch_size, device, num_devices)
+        simulated = simulated_counts(
+            strategy,
+            plan,
+            own,
+            num_experts=num_experts,
+            topk=rig.config.num_experts_per_tok,
+            num_rows=rig.store.layout.num_rows,
+        )
+        difference = first_difference(found, simulated)
+        if difference is not None:
+            return f"device {device}, {difference}"
+    return None
+
+
+def _share(
+    experts: UInt[np.ndarray, "steps layers places_topk"],
+    num_experts: int,
+    batch_size: int,
+    device: int,
+    num_devices: int,
+) -> tuple[UInt[np.ndarray, "steps layers places_own"], int]:
+    steps, layers, _ = experts.shape
+    by_place = experts.reshape(steps, layers, batch_size, -1).swapaxes(1, 2)
+    tokens = by_place.reshape(steps * batch_size, layers, -1)
+    start = np.array([0, len(tokens)], np.int64)
+    share = share_of(Trace(tokens, num_experts, start), device, num_devices)
+    own = share.experts.reshape(steps, batch_size, layers, -1).swapaxes(1, 2)
+    return own.reshape(steps, layers, -1), share.num_experts
+
+
+def logits_of(
+    engine: OffloadEngine, routing: Routing, batch_size: int, num_steps: int, *, seed: int
+) -> Float[np.ndarray, "steps batch vocab"]:
+    """What an engine says to drawn tokens on replayed routing: no choice of its own carries on."""
+    table = replay_table(engine, routing, batch_size)
+    program = engine.program(batch_size, num_steps, is_replayed=True)
+    state: OffloadState = engine.new_state(batch_size, num_steps)
+    logits = []
+    for token_ids in _tokens(engine, batch_size, num_steps, seed):
+        state, output = program(with_tokens(state, token_ids), None, table)
+        logits.append(np.asarray(output.logits))
+    return np.stack(logits)
+
+
+def _tokens(
+    engine: OffloadEngine, batch_size: int, num_steps: int, seed: int
+) -> Iterator[Int32[np.ndarray, " batch"]]:
+    generator = np.random.default_rng(seed)
+    for _ in range(num_steps):
+        yield generator.integers(0, engine.config.vocab_size, batch_size, np.int32)
+
+
+def _chain(team: Team, number: int):
+    def chain(x: Array) -> Array:
+        for _ in range(number):
+            x = jax.lax.psum(x, Team.AXIS) * 0.5
+        return x
+
+    return jax.jit(team.run(chain, Team.ALIKE, Team.ALIKE))
+
+
+def _send(source: Array) -> Array:
+    return jax.device_put(source, source.sharding.with_memory_kind("device"))
+
+
+def _sample(call: Any) -> Measurement:
+    jax.block_until_ready(call())
+    samples = []
+    for _ in range(_NUM_SAMPLES):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        samples.append(time.perf_counter() - begin)
+    return Measurement("call", "s", tuple(samples))
