@@ -1,5 +1,6 @@
 """`moejax fit`: a hardware profile from measurements."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,12 +48,13 @@ def fit(
 
     SOURCE is a CSV with the columns of models/hardware/measurements/transfer.csv, of which one
     rig is fitted with every third size held out, or what `moejax bench` measured on this machine.
-    The profile then works as `--hardware FILE.toml`.
+    The profile then works as `--hardware FILE.toml`. What scripts/bench_devices.py measured of
+    several devices adds their all-reduce to the profile of one, --base.
 
     Example: moejax fit reports/run-1 --out my-card.toml
     """
     from moejax.cards import load_hardware
-    from moejax.cost import fit_csv, fit_profile, format_profile
+    from moejax.cost import fit_all_reduce, fit_csv, fit_profile, format_profile
     from moejax.results import write_text
 
     if out is not None and out.suffix != ".toml":
@@ -66,6 +68,14 @@ def fit(
         profile = found.hardware
     elif gpu:
         raise UsageError(f"--gpu {gpu!r} without a CSV", "A run holds one machine only.")
+    elif all_reduces := _read_all_reduces(source):
+        if not base:
+            raise UsageError(
+                f"{source} tells only what several devices take to add up their answers",
+                "Give the profile of one of them with --base.",
+            )
+        profile = fit_all_reduce(all_reduces, load_hardware(base))
+        profile = dataclasses.replace(profile, name=name or profile.name)
     else:
         measurements, device = _read_run(source)
         profile = fit_profile(
@@ -85,11 +95,24 @@ def fit(
         emit(_constants(profile), output or OutputFormat.table, columns=columns)
 
 
-def _read_run(source: Path) -> tuple[list[dict[str, Any]], str]:
+def _read_all_reduces(source: Path) -> list[dict[str, Any]]:
+    """The records of a run over several devices that timed an all-reduce; none of other runs."""
+    _, results = _read_results(source)
+    records = results.get("engine") if isinstance(results, dict) else None
+    if not isinstance(records, list):
+        return []
+    return [one for one in records if isinstance(one, dict) and one.get("all_reduce_s")]
+
+
+def _read_results(source: Path) -> tuple[Path, Any]:
     from moejax.results import read_json
 
     path = source / _RUN_FILE if source.is_dir() else source
-    results = read_json(path)
+    return path, read_json(path)
+
+
+def _read_run(source: Path) -> tuple[list[dict[str, Any]], str]:
+    path, results = _read_results(source)
     measured = results.get("measured") if isinstance(results, dict) else None
     groups = [measured.get(kind) for kind in _KINDS] if isinstance(measured, dict) else []
     lists = [group for group in groups if isinstance(group, list)]

@@ -1,5 +1,6 @@
 """Cost model: what copies and compute take on one machine, in closed form and differentiable."""
 
+from ._all_reduce import all_reduce_bytes as all_reduce_bytes
 from ._all_reduce import all_reduce_s as all_reduce_s
 from ._all_reduce import knows_all_reduce as knows_all_reduce
 from ._clock import LayerClock as LayerClock
@@ -24,6 +25,7 @@ from ._estimate import smallest_budget_bytes as smallest_budget_bytes
 from ._estimate import workspace_bytes as workspace_bytes
 from ._fit import LogFit as LogFit
 from ._fit import fit_log_parameters as fit_log_parameters
+from ._fit_all_reduce import fit_all_reduce as fit_all_reduce
 from ._fit_copy import CopyFit as CopyFit
 from ._fit_copy import CopyFitRow as CopyFitRow
 from ._fit_copy import fit_copy as fit_copy

@@ -1,19 +1,21 @@
 """Lanes spread over devices: every device simulates its share, and none waits for another."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.devices import local_mesh, on_mesh
 
+_Tree = TypeVar("_Tree")
+
 AXIS = "lanes"
 # What leads with lanes, what leads with steps, and what every device sees whole.
 ROWS, COLUMNS, ALL = PartitionSpec(AXIS), PartitionSpec(None, AXIS), PartitionSpec()
 
 
-def placed(mesh: Mesh | None, tree: Any) -> Any:
+def placed(mesh: Mesh | None, tree: _Tree) -> _Tree:
     """The same leaves with their leading axis of lanes on the mesh.
 
     Left on one device they would be cut up and sent on again for every program that reads them.

@@ -209,7 +209,7 @@ def own_times(
     num_demands = sum(share[..., :1] for share in step_misses)
     tokens_each = num_tokens / np.maximum(num_demands, 1)
     read_s, token_s, copy_s = (
-        jnp.asarray(times)[:, None]
+        jnp.asarray(times)[None, :, None]
         for times in (clock.expert_read_s, clock.expert_token_s, clock.copy_s)
     )
 
@@ -254,7 +254,8 @@ def _check_pinned(
     pinned_budget_bytes: int,
     num_devices: int,
 ) -> None:
-    waiting_bytes = max(0, sum(sizes) * model.num_experts - num_devices * slot_bytes)
+    slots_bytes = slot_bytes // max(sizes) * max(sizes)
+    waiting_bytes = max(0, sum(sizes) * model.num_experts - num_devices * slots_bytes)
     if waiting_bytes > pinned_budget_bytes:
         raise InfeasibleBudgetError(
             f"{format_bytes(waiting_bytes)} of experts have no slot on {num_devices} devices and "

@@ -121,3 +121,21 @@ def test_mistakes_have_their_codes_and_a_cure(fit, tmp_path, monkeypatch, source
     assert (found, out) == (code, "")
     assert err.startswith("error: ")
     assert "\n\nhint: " in err
+
+
+def test_a_run_over_devices_adds_its_all_reduce(fit, tmp_path):
+    run = tmp_path / "devices.json"
+    records = [
+        {"num_devices": 1, "step_s": 2e-3},
+        {"num_devices": 2, "all_reduce_bytes": 8192, "all_reduce_s": 1e-5},
+    ]
+    run.write_text(json.dumps({"engine": records}))
+    code, _, err = fit(run)
+    assert code == 2
+    assert "--base" in err
+    out = tmp_path / "two.toml"
+    code, _, err = fit(run, "--base", "h200", "--out", out)
+    assert code == 0, err
+    profile = load_hardware(out)
+    assert (profile.name, profile.value("all_reduce_latency_s")) == ("two", 1e-5)
+    assert profile.constants["matmul_flops"] == load_hardware("h200").constants["matmul_flops"]

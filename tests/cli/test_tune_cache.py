@@ -172,3 +172,46 @@ def test_a_profile_that_does_not_say_gives_no_chances(tune):
     assert plan["beats_lru_probability"] is None
     assert plan["ties"] is None
     assert "does not say how sure it is" in err
+
+
+def test_two_devices_share_the_experts(tune, trace, tmp_path):
+    path = tmp_path / "plan.json"
+    asked = ("--budget", "2MB", "--trace", str(trace), "--devices", "2")
+    code, out, err = tune(*asked, "--out", str(path), "-o", "json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert json.loads(path.read_text()) == plan
+    assert (plan["num_devices"], plan["trace"]) == (2, str(trace))
+    alone = json.loads(tune(*asked[:-2], "-o", "json")[1])
+    assert plan["one_device_step_latency_s"] == alone["step_latency_s"]
+    assert plan["step_latency_s"] < alone["step_latency_s"]
+    assert plan["hit_ratio"] > alone["hit_ratio"]
+    assert plan["step_latency_s"] <= plan["uniform_step_latency_s"] * (1 + 1e-9)
+    assert [len(slots) for slots in plan["slots_per_device"]] == [NUM_LAYERS] * 2
+    assert max(plan["used_bytes"]) <= plan["budget_bytes"] == 2_000_000
+    table = tune(*asked)[1]
+    for words in ("on 2 devices like", "one device with the same budget", "2 links and memories"):
+        assert words in table
+    assert "does not say what an all-reduce takes" in table
+
+
+def test_one_device_is_what_it_was(tune, trace):
+    asked = ("--budget", "2MB", "--trace", str(trace), "-o", "json")
+    assert tune(*asked, "--devices", "1")[1] == tune(*asked)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--strategy", "lfu"), 2, "use --strategy lru"),
+        (("--objective", "p99"), 2, "Use --objective latency"),
+        (("--devices", "17"), 2, "Use 1 to 16 devices"),
+        (("--budget", "1kB"), 3, "smallest feasible budget"),
+        (("--pinned-budget", "1MB"), 3, "smallest feasible --pinned-budget"),
+    ],
+)
+def test_what_several_devices_cannot_do(tune, trace, arguments, code, words):
+    asked = ("--budget", "2MB", "--trace", str(trace), "--devices", "2")
+    found, out, err = tune(*asked, *arguments)
+    assert (found, out) == (code, "")
+    assert words in err
