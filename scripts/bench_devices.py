@@ -4,9 +4,10 @@ r"""Measures what more devices buy, each number of them in the same run.
     JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 \
         python scripts/bench_devices.py --out results.json --devices 1,2,8 --lanes 16 --shrink 64
 
-Parts: `sweep`, the ranks of five strategies over lanes that the devices share, and `timeline`, the
-same with a clock. The results are written after every part, whole or not at all; a part that fails
-is named in them, leaves the others as they are and makes the exit status 1.
+Parts: `sweep`, the ranks of five strategies over lanes that the devices share; `timeline`, the same
+with a clock; and `engine`, a model of random weights whose experts the devices share. The results
+are written after every part, whole or not at all; a part that fails is named in them, leaves the
+others as they are and makes the exit status 1.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from devices_engine import measure_engine
 from devices_sweep import measure_sweep, measure_timeline
 from simulator_traces import SEED
 
@@ -25,9 +27,10 @@ from moejax.results import capture_environment, to_plain, write_json
 
 SCHEMA = "moejax.devices-bench/1"
 # A part takes the options and gives its records.
-PARTS: Mapping[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+PARTS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
     "sweep": measure_sweep,
     "timeline": measure_timeline,
+    "engine": measure_engine,
 }
 
 
@@ -68,6 +71,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="warm samples of each [5]")
     parser.add_argument("--lanes", type=int, default=256, help="traces side by side [256]")
     parser.add_argument("--shrink", type=int, default=1, help="divides their steps [1]")
+    parser.add_argument("--model", default="qwen1.5-moe-a2.7b", help="card of the engine's model")
+    parser.add_argument("--workload", default="qwen1.5-moe", help="or trace that is replayed")
+    parser.add_argument("--layers", type=int, default=0, help="of the model; [all]")
+    parser.add_argument("--dtype", default="bfloat16", help="of its weights [bfloat16]")
+    parser.add_argument("--kernels", default="auto", help="of the engine [auto]")
+    parser.add_argument("--batch-sizes", type=_counts, default=[1, 4, 16], help="[1,4,16]")
+    parser.add_argument("--plans", type=Path, nargs="*", default=[], help="of tune-cache --out")
     return parser.parse_args(arguments)
 
 

@@ -6,13 +6,12 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from moejax.bench import (
-    EngineSettings,
     Rig,
     Routing,
     RoutingRecipe,
@@ -27,18 +26,19 @@ from moejax.bench import (
     shares_difference,
     step_sizes,
 )
-from moejax.cards import load_hardware, load_model, models_dir, read_card, read_hardware
+from moejax.cards import models_dir, read_card
 from moejax.devices import team
 from moejax.engine import OffloadEngine
 from moejax.offload import SlotPlan
 from moejax.qwen_moe import QwenMoeConfig, read_config
-from moejax.results import to_plain
+from moejax.results import read_json, to_plain
 from moejax.strategies import STRATEGIES
 
 SEED, CONTEXT = 0, 96
 WORKLOAD = "qwen1.5-moe"
 # Steps that count and steps before them, by batch size.
 STEPS = {1: (64, 32), 4: (40, 24), 16: (16, 12)}
+PLAN_STEPS = {1: (64, 64), 4: (32, 32), 16: (16, 16)}
 # Slots of a layer of one device; several have the same in all and, of half as many, the same each.
 SLOTS = (0, 8, 16, 30)
 NUM_LOGIT_STEPS = 12
@@ -55,7 +55,14 @@ class Case(NamedTuple):
 def measure_engine(options: argparse.Namespace) -> dict[str, Any]:
     """Step times for each number of devices, and whether they compute the same."""
     config = read_model(options)
-    found: dict[str, Any] = {"model": options.model, "cases": [], "links": {}, "logits": []}
+    found: dict[str, Any] = {
+        "model": options.model,
+        "all_reduces": [],
+        "rates": {},
+        "cases": [],
+        "logits": [],
+        "plans": [],
+    }
     said: dict[tuple[int, int], np.ndarray] = {}
     for count in options.devices:
         begin = time.perf_counter()
@@ -68,6 +75,8 @@ def measure_engine(options: argparse.Namespace) -> dict[str, Any]:
             for case in cases(config, count, batch_size, options):
                 found["cases"].append(measure(rig, engine, case, rates))
             said[count, batch_size] = _logits(rig, engine, config, batch_size, options, found)
+            for path in _plans_for(options, count, batch_size):
+                found["plans"].append(measure_plan(rig, engine, path, rates, options))
             del engine
             gc.collect()
         del rig
@@ -94,8 +103,8 @@ def cases(
     whole = -(-config.num_experts // num_devices)
     drawn = RoutingRecipe("requests", num_steps + num_warmup, SEED, source=options.workload)
     routing = make_routing(drawn, config, options.model, batch_size)
-    slots = {-(-each // num_devices) for each in SLOTS} | {min(each, whole) for each in SLOTS}
-    for number in sorted(slots):
+    slots = {-(-each // num_devices) for each in SLOTS} | set(SLOTS)
+    for number in sorted({min(each, whole) for each in slots}):
         yield Case(batch_size, number, routing)
     kept = RoutingRecipe(
         "hit_ratio", num_steps + num_warmup, SEED, slots=config.num_experts, hit_ratio=1.0
@@ -107,9 +116,7 @@ def measure(rig: Rig, engine: OffloadEngine, case: Case, rates: dict[str, Any]) 
     """One case: times, bounds, and the counts of every device beside the simulator's."""
     num_devices = rig.store.team.num_devices
     plan = rig.even_plan(case.slots, "layer")
-    steps = replay_steps(
-        engine.with_plan(plan), case.routing, case.batch_size, context=CONTEXT
-    )
+    steps = replay_steps(engine.with_plan(plan), case.routing, case.batch_size, context=CONTEXT)
     num_warmup = len(steps.step_s) * STEPS[case.batch_size][1] // sum(STEPS[case.batch_size])
     record = devices_record(
         steps,
@@ -142,6 +149,49 @@ def measure(rig: Rig, engine: OffloadEngine, case: Case, rates: dict[str, Any]) 
     }
 
 
+def measure_plan(
+    rig: Rig, engine: OffloadEngine, path: Path, rates: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What the engine takes with a plan of `moejax tune-cache`, and what was predicted."""
+    plan = read_json(path)
+    num_devices, batch_size = rig.store.team.num_devices, plan["batch_size"]
+    slots = plan.get("slots_per_device") or [_device_tier(plan)]
+    num_steps, num_warmup = (max(2, n // options.shrink) for n in PLAN_STEPS[batch_size])
+    recipe = RoutingRecipe("requests", num_steps + num_warmup, SEED + 2, source=options.workload)
+    routing = make_routing(recipe, rig.config, options.model, batch_size)
+    plans = [SlotPlan("layer", tuple(each)) for each in slots]
+    context = plan["context_tokens"] - num_warmup - num_steps // 2
+    steps = replay_steps(engine.with_plan(plans), routing, batch_size, context=context)
+    record = devices_record(
+        steps,
+        rates["sizes"],
+        num_devices=num_devices,
+        batch_size=batch_size,
+        mean_context=plan["context_tokens"],
+        num_warmup=num_warmup,
+        link_bytes_per_s=rates["link_bytes_per_s"],
+        hbm_bytes_per_s=rates["hbm_bytes_per_s"],
+    )
+    mean_s = float(np.mean(steps.step_s[num_warmup:]))
+    _say(
+        f"  {path.name}: measured {1e3 * mean_s:.2f} ms in the mean, planned for "
+        f"{1e3 * plan['step_latency_s']:.2f}; hits {record['hit_ratio']:.3f}, planned "
+        f"{plan['hit_ratio']:.3f}"
+    )
+    return {"plan": path.name, "slots_per_device": slots, "mean_s": mean_s, **record}
+
+
+def _plans_for(options: argparse.Namespace, num_devices: int, batch_size: int) -> Iterator[Path]:
+    for path in options.plans:
+        plan = read_json(path)
+        if (plan.get("num_devices", 1), plan["batch_size"]) == (num_devices, batch_size):
+            yield path
+
+
+def _device_tier(plan: dict[str, Any]) -> list[int]:
+    return next(t["experts_per_layer"] for t in plan["tiers"] if t["memory"] == "device")
+
+
 def compare(said: dict[tuple[int, int], np.ndarray], base: int) -> Iterator[dict[str, Any]]:
     """Logits of several devices beside those of one: they add the experts up in another order."""
     for (count, batch_size), ours in said.items():
@@ -163,15 +213,18 @@ def _rates(rig: Rig, options: argparse.Namespace, found: dict[str, Any]) -> dict
     first = layer.addressable_shards[0].data
     ceilings = measure_ceilings(first, (config.vocab_size, config.hidden_size), seed=SEED)
     link = ceilings.link_bytes_per_s
-    about: dict[str, Any] = {"ceilings": to_plain(ceilings)}
+    about: dict[str, Any] = {"num_devices": members.num_devices, "ceilings": to_plain(ceilings)}
     if members.num_devices > 1:
         links = measure_links(
             layer, members, hidden=config.hidden_size, batch_sizes=options.batch_sizes
         )
         about["links"] = to_plain(links)
+        found["all_reduces"] = to_plain(links.all_reduces)
         _say(f"  links: {links.alone_bytes_per_s:.3g} alone, {links.beside_bytes_per_s:.3g} beside")
-        _say(f"  all-reduce: {links.all_reduce_s}")
-    found["links"][str(members.num_devices)] = about
+        for one in links.all_reduces:
+            each_s = np.median(one["all_reduce_s"].samples)
+            _say(f"  all-reduce of {one['all_reduce_bytes']} bytes: {1e6 * each_s:.1f} us")
+    found["rates"][str(members.num_devices)] = about
     sizes: StepSizes = step_sizes(rig)
     found["sizes"] = sizes._asdict()
     return {"sizes": sizes, "link_bytes_per_s": link, "hbm_bytes_per_s": ceilings.hbm_bytes_per_s}
@@ -195,7 +248,7 @@ def _logits(
     routing = make_routing(recipe, config, options.model, batch_size)
     few, all_ = (
         logits_of(engine.with_plan(plan), routing, batch_size, NUM_LOGIT_STEPS, seed=SEED)
-        for plan in (rig.even_plan(2, "layer"), engine.plan)
+        for plan in (rig.even_plan(2, "layer"), engine.plans)
     )
     is_identical = bool(np.array_equal(few, all_))
     _say(f"  batch {batch_size}: logits of few slots and of all are identical: {is_identical}")

@@ -9,6 +9,10 @@ from ._engine_ceilings import Ceilings as Ceilings
 from ._engine_ceilings import measure_ceilings as measure_ceilings
 from ._engine_ceilings import measure_host_reads as measure_host_reads
 from ._engine_counts import simulated_counts as simulated_counts
+from ._engine_devices import devices_record as devices_record
+from ._engine_devices import logits_of as logits_of
+from ._engine_devices import measure_links as measure_links
+from ._engine_devices import shares_difference as shares_difference
 from ._engine_fit import engine_fit as engine_fit
 from ._engine_parts import measure_contexts as measure_contexts
 from ._engine_parts import measure_drift as measure_drift
@@ -18,7 +22,9 @@ from ._engine_recipes import RoutingRecipe as RoutingRecipe
 from ._engine_recipes import make_profile as make_profile
 from ._engine_recipes import make_routing as make_routing
 from ._engine_rig import Rig as Rig
+from ._engine_rig import StepSizes as StepSizes
 from ._engine_rig import random_rig as random_rig
+from ._engine_rig import step_sizes as step_sizes
 from ._engine_run import ENGINE_SCHEMA as ENGINE_SCHEMA
 from ._engine_run import EngineBench as EngineBench
 from ._engine_run import EngineSettings as EngineSettings
@@ -27,6 +33,7 @@ from ._engine_run import make_cases as make_cases
 from ._engine_run import open_bench as open_bench
 from ._engine_run import run_cases as run_cases
 from ._engine_steps import Routing as Routing
+from ._engine_steps import replay_steps as replay_steps
 from ._engine_traces import foreseeable_trace as foreseeable_trace
 from ._engine_traces import trace_of_hit_ratio as trace_of_hit_ratio
 from ._engine_traces import true_lookahead as true_lookahead

@@ -23,7 +23,10 @@ from ._engine_steps import Routing, Steps, replay_table, with_tokens
 
 _NUM_SAMPLES = 9
 _LINKED = (24, 240)
-"""All-reduces in a chain; two lengths tell one of them from the call."""
+"""All-reduces in a chain."""
+
+# Several requests are padded to so many by the kernels.
+_NUM_COLUMNS = 16
 
 
 class Links(NamedTuple):
@@ -32,20 +35,19 @@ class Links(NamedTuple):
     Attributes:
       alone_bytes_per_s: One device copies from the host, the others idle.
       beside_bytes_per_s: Each of them, while all copy.
-      all_reduce_s: Adding up float32 vectors over the devices, by their bytes: a chain of them
-        within one program.
-      samples: What the medians were computed from.
+      all_reduces: What adding up the devices' answers takes, a record a size: `num_devices`,
+        `all_reduce_bytes` of the float32 vector and `all_reduce_s`. Each is one of a chain within
+        a program, rounding and the residual stream included.
+      samples: Calls that copy, in seconds.
     """
 
     alone_bytes_per_s: float
     beside_bytes_per_s: float
-    all_reduce_s: dict[int, float]
+    all_reduces: list[dict[str, Any]]
     samples: dict[str, Measurement]
 
 
-def measure_links(
-    layer: Array, team: Team, *, hidden: int, batch_sizes: Sequence[int]
-) -> Links:
+def measure_links(layer: Array, team: Team, *, hidden: int, batch_sizes: Sequence[int]) -> Links:
     """Measures copies of a layer of the store, and all-reduces.
 
     Args:
@@ -59,22 +61,26 @@ def measure_links(
         "alone": _sample(partial(_send, first)),
         "beside": _sample(partial(_send, layer)),
     }
-    reduced = {}
-    for size in batch_sizes:
-        columns = 1 if size == 1 else 16
-        x = team.place(jnp.ones((hidden, columns), jnp.float32), Team.ALIKE)
-        short, long = (_chain(team, number) for number in _LINKED)
-        few, many = _sample(partial(short, x)), _sample(partial(long, x))
-        samples[f"{_LINKED[0]} all-reduces of {x.nbytes} bytes"] = few
-        samples[f"{_LINKED[1]} all-reduces of {x.nbytes} bytes"] = many
-        added_s = float(np.median(many.samples) - np.median(few.samples))
-        reduced[x.nbytes] = added_s / (_LINKED[1] - _LINKED[0])
+    columns = sorted({1 if size == 1 else _NUM_COLUMNS for size in batch_sizes})
     return Links(
         alone_bytes_per_s=first.nbytes / float(np.median(samples["alone"].samples)),
         beside_bytes_per_s=first.nbytes / float(np.median(samples["beside"].samples)),
-        all_reduce_s=reduced,
+        all_reduces=[_all_reduce(team, (hidden, number), layer.dtype) for number in columns],
         samples=samples,
     )
+
+
+def _all_reduce(team: Team, shape: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
+    """One all-reduce of a layer: two lengths of a chain tell it from the call around it."""
+    x = team.place(jnp.ones(shape, dtype), Team.ALIKE)
+    few, many = (_sample(partial(_chain(team, number), x)).samples for number in _LINKED)
+    base_s, added = float(np.median(few)), _LINKED[1] - _LINKED[0]
+    each_s = tuple((sample_s - base_s) / added for sample_s in many)
+    return {
+        "num_devices": team.num_devices,
+        "all_reduce_bytes": x.size * np.dtype(np.float32).itemsize,
+        "all_reduce_s": Measurement("all_reduce", "s", each_s),
+    }
 
 
 def devices_record(
@@ -197,8 +203,9 @@ def _tokens(
 
 def _chain(team: Team, number: int):
     def chain(x: Array) -> Array:
+        y = jnp.zeros(x.shape, jnp.float32)
         for _ in range(number):
-            x = jax.lax.psum(x, Team.AXIS) * 0.5
+            x = (y + jax.lax.psum(0.5 * x.astype(jnp.float32), Team.AXIS)).astype(x.dtype)
         return x
 
     return jax.jit(team.run(chain, Team.ALIKE, Team.ALIKE))

@@ -98,10 +98,9 @@ def fit(
 def _read_all_reduces(source: Path) -> list[dict[str, Any]]:
     """The records of a run over several devices that timed an all-reduce; none of other runs."""
     _, results = _read_results(source)
-    records = results.get("engine") if isinstance(results, dict) else None
-    if not isinstance(records, list):
-        return []
-    return [one for one in records if isinstance(one, dict) and one.get("all_reduce_s")]
+    engine = results.get("engine") if isinstance(results, dict) else None
+    records = engine.get("all_reduces") if isinstance(engine, dict) else None
+    return [one for one in records or () if isinstance(one, dict)]
 
 
 def _read_results(source: Path) -> tuple[Path, Any]:

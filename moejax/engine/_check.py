@@ -1,7 +1,7 @@
 """What may be asked of an engine; everything is refused before the first token is computed."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from jaxtyping import Int32
@@ -95,7 +95,21 @@ def check_recording(config: QwenMoeConfig, lookahead: Lookahead | None) -> None:
         )
 
 
-def check_fit(config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan) -> None:
+def make_plans(
+    config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan | Sequence[SlotPlan]
+) -> tuple[SlotPlan, ...]:
+    """A plan for each device.
+
+    Raises:
+      UsageError: Experts or slots are not of the model, or there is no plan for a device.
+    """
+    plans = one_each(plan, SlotPlan, store.team.num_devices)
+    for each in plans:
+        _check_fit(config, store, each)
+    return plans
+
+
+def _check_fit(config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan) -> None:
     """Refuses experts or slots that are not of a model.
 
     Raises:
@@ -124,14 +138,14 @@ def one_each(given: _Of | Sequence[_Of], kind: type[_Of], num_devices: int) -> t
     Raises:
       UsageError: There are more or fewer than devices.
     """
-    if isinstance(given, kind):
-        return (given,) * num_devices
-    if len(given) != num_devices:
+    is_for_all = isinstance(given, kind)
+    each = (given,) * num_devices if is_for_all else tuple(cast("Sequence[_Of]", given))
+    if len(each) != num_devices:
         raise UsageError(
-            f"{len(given)} of {kind.__name__} were given for {num_devices} device(s)",
+            f"{len(each)} of {kind.__name__} were given for {num_devices} device(s)",
             "Give one for all devices, or one for each.",
         )
-    return tuple(given)
+    return each
 
 
 def _check_prompt(

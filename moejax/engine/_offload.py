@@ -18,7 +18,7 @@ from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
 from moejax.strategies import CacheShape, Strategy, check_pool
 
-from ._check import check_fit, check_generation, one_each
+from ._check import check_generation, make_plans, one_each
 from ._decode import make_program, make_step, program_specs
 from ._dense_model import DenseModel, choose_kernels, spread_model
 from ._event import COUNTS, ReplayTable
@@ -82,10 +82,9 @@ class OffloadEngine:
     ):
         self.config: QwenMoeConfig = model.config
         self.kernels = choose_kernels(kernels, model)
-        self.plan = plan
-        plans = self._plans(plan, store)
-        self._num_allocated, scope = max(plan.num_slots for plan in plans), plans[0].scope
-        self.num_compiles = {"decode": 0}
+        self.plans = make_plans(self.config, store, plan)
+        self._num_allocated = max(each.num_slots for each in self.plans)
+        self.num_compiles, scope = {"decode": 0}, self.plans[0].scope
         self._store, self._team = store, store.team
         self._strategies = one_each(strategy, Strategy, self._team.num_devices)
         # The program is one; what distinguishes the devices' strategies is in their states.
@@ -128,7 +127,8 @@ class OffloadEngine:
         Raises:
           UsageError: The plan is of another scope or model, or needs more slots than there are.
         """
-        for each in self._plans(plan, self._store):
+        plans = make_plans(self.config, self._store, plan)
+        for each in plans:
             if each.scope != self.sizes.scope or each.num_slots > self._num_allocated:
                 raise UsageError(
                     f"a plan of {each.num_slots} slots ({each.scope}) does not fit into "
@@ -136,7 +136,7 @@ class OffloadEngine:
                     "Make an engine of this plan.",
                 )
         other = copy.copy(self)
-        other.plan = plan
+        other.plans = plans
         return other
 
     def generate(
@@ -211,7 +211,8 @@ class OffloadEngine:
         row = jnp.full(batch_size, position, jnp.int32)
         kv = empty_cache(self.config, batch_size, num_positions, self._dtype)
         place = Place(jnp.zeros(batch_size, jnp.int32), row, jnp.zeros(batch_size, jnp.int32))
-        return OffloadState(*self._team.place((kv, place), Team.ALIKE), self._empty_experts())
+        kv, place = self._team.place((kv, place), Team.ALIKE)
+        return OffloadState(kv, place, self._empty_experts())
 
     def program(
         self,
@@ -376,21 +377,12 @@ class OffloadEngine:
         return empty_expert_cache(
             self.sizes,
             self._store.layout,
-            self._plans(self.plan, self._store),
+            self.plans,
             self._strategies,
             self._dtype,
             num_allocated=self._num_allocated,
             team=self._team,
         )
-
-    def _plans(
-        self, plan: SlotPlan | Sequence[SlotPlan], store: ExpertStore
-    ) -> tuple[SlotPlan, ...]:
-        """A plan for each device, all of which fit the model."""
-        plans = one_each(plan, SlotPlan, store.team.num_devices)
-        for each in plans:
-            check_fit(self.config, store, each)
-        return plans
 
     def _num_columns(self, batch_size: int) -> int:
         return batch_size if batch_size == 1 or self.kernels == "xla" else 16

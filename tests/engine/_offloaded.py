@@ -82,7 +82,7 @@ def decode(engine: OffloadEngine, batch_size: int, num_steps: int, *, plan=None,
     """Decodes step by step from cold experts, the plan one of as many slots as the engine's."""
     if plan is not None:
         # The split of the slots is data: the programs stay what they are.
-        engine.plan = plan
+        engine = engine.with_plan(plan)
     program = engine.program(batch_size, NUM_POSITIONS, is_replayed=table is not None)
     state = start(engine, batch_size)
     outputs = []
