@@ -33,6 +33,7 @@ COMMANDS = (bench, tune_cache, report, simulate, sweep, estimate, generate, fit,
 GROUPS = (trace.app,)
 
 _INTERRUPTED = 130
+_INTERRUPT_AGAIN_S = 0.01
 # Programs that compile faster are not worth a file.
 _LEAST_COMPILE_S = "0.1"
 
@@ -66,6 +67,8 @@ def run() -> NoReturn:
     nothing is torn down: JAX may be compiling in other threads, and would crash.
     """
     signal.signal(signal.SIGINT, _on_interrupt)
+    signal.signal(signal.SIGALRM, _on_interrupt)
+    sys.unraisablehook = _on_unraisable
     keep_programs(os.environ)
     if sys.stdout is None:  # Closed by the shell: `moejax ... >&-`.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -156,6 +159,18 @@ def _on_interrupt(number: int, _: Any) -> None:
         os._exit(_INTERRUPTED)
     _interrupts.append(number)
     raise KeyboardInterrupt
+
+
+def _on_unraisable(unraisable: Any) -> None:
+    """Lets an interrupt come again that met code out of which nothing is raised.
+
+    JAX has Python call it at every garbage collection, so that happens in every command.
+    """
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    _interrupts.clear()
+    signal.setitimer(signal.ITIMER_REAL, _INTERRUPT_AGAIN_S)
 
 
 def _discard_output() -> None:

@@ -143,7 +143,9 @@ def record(
     lookahead_depth: Annotated[
         int,
         typer.Option(
-            "--lookahead-depth", min=0, help="Next layers whose gates are asked too; 0 for none."
+            "--lookahead-depth",
+            min=0,
+            help="Next layers whose gates are asked too, if there are as many; 0 for none.",
         ),
     ] = 3,
     lookahead_width: Annotated[

@@ -52,7 +52,7 @@ def validate(
     """Check files, or without PATH compare moejax with numbers from outside.
 
     With paths: one record a path says what it is, what was checked and what is wrong with it; any
-    bad one makes the exit code 4. Of a Qwen1.5-MoE checkpoint the weights are checked too, up to
+    bad one makes the exit code 4. Of a Qwen1.5-MoE checkpoint the weights are checked too, all but
     their values. Without: sizes against arithmetic, the RTX 3090's copy law against sizes that the
     fit did not see, profiles against decode steps that others published and that we measured, and
     calibrated workloads against published hit curves and statistics; any miss makes the exit code

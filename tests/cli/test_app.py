@@ -207,6 +207,39 @@ def test_an_interrupt_that_an_import_reports_as_a_failure_is_an_interrupt():
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_an_interrupt_that_a_callback_swallows_comes_again():
+    """As in the callback that JAX has at every garbage collection."""
+    done = run_program("""
+        import gc
+
+        def interrupt(*_):
+            gc.callbacks.remove(interrupt)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9)
+
+        gc.callbacks.append(interrupt)
+        try:
+            gc.collect()
+            time.sleep(9)
+            print("went on")
+        finally:
+            print("kept")
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "kept\n", "")
+
+
+def test_other_errors_of_a_callback_are_shown_as_ever():
+    done = run_program("""
+        class Careless:
+            def __del__(self):
+                raise ValueError("in a finalizer")
+
+        Careless()
+    """)
+    assert done.returncode == 0
+    assert "ValueError: in a finalizer" in done.stderr
+
+
 def test_a_second_interrupt_ends_at_once():
     done = run_program("""
         print("kept", flush=True)
