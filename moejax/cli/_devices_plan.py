@@ -1,31 +1,21 @@
 """A plan for several devices, for people."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from moejax.units import format_bytes, format_ratio, format_seconds
 
 from ._output import OutputFormat, emit
 
 if TYPE_CHECKING:
-    from moejax.tune import DevicesPlan
+    from moejax.tune import DevicesPlan, TierPlan
 
 
 def show_devices_plan(plan: "DevicesPlan", hardware: str) -> None:
     """What to set on each device, then what it buys."""
-    rows = [
-        {
-            "device": device,
-            "capacity_bytes": used_bytes,
-            "slots": sum(slots),
-            "slots_per_layer": span(slots),
-        }
-        for device, (used_bytes, slots) in enumerate(
-            zip(plan.used_bytes, plan.slots_per_device, strict=True)
-        )
-    ]
     number = plan.num_devices
-    title = f"{plan.model}, {plan.strategy}, on {number} devices like {hardware}"
-    emit(rows, OutputFormat.table, title=title)
+    title = f"{plan.model}, {plan.strategy}, on each of {number} devices: {hardware}"
+    emit(tier_rows(plan.tiers), OutputFormat.table, title=title)
     lines = {
         "step latency": format_seconds(plan.step_latency_s),
         "one device with the same budget": format_seconds(plan.one_device_step_latency_s),
@@ -36,8 +26,7 @@ def show_devices_plan(plan: "DevicesPlan", hardware: str) -> None:
         "gain over that": format_ratio(plan.gain_over_uniform_ratio),
         "hit ratio": format_ratio(plan.hit_ratio),
         "fetched a step, by all": format_bytes(plan.fetched_bytes),
-        "above the exact optimum by at most": format_ratio(plan.optimum_gap_ratio),
-        "used of each budget": f"{format_bytes(max(plan.used_bytes))} of "
+        "used of each budget": f"{format_bytes(plan.used_bytes)} of "
         f"{format_bytes(plan.budget_bytes)}",
     }
     for name, value in lines.items():
@@ -46,7 +35,20 @@ def show_devices_plan(plan: "DevicesPlan", hardware: str) -> None:
         print(f"note: {warning}")
 
 
-def span(slots: tuple[int, ...]) -> str:
-    """Slots of all layers in one cell: one number where all are alike."""
+def tier_rows(tiers: "Sequence[TierPlan]") -> list[dict[str, Any]]:
+    """A row for each memory tier of a plan."""
+    return [
+        {
+            "tier": tier.name,
+            "memory": tier.memory,
+            "capacity_bytes": tier.capacity_bytes,
+            "slots": sum(tier.experts_per_layer),
+            "slots_per_layer": _span(tier.experts_per_layer),
+        }
+        for tier in tiers
+    ]
+
+
+def _span(slots: tuple[int, ...]) -> str:
     low, high = min(slots), max(slots)
     return str(low) if low == high else f"{low} to {high}: {' '.join(map(str, slots))}"

@@ -8,7 +8,7 @@ import typer
 from moejax.errors import UsageError
 from moejax.units import format_bytes, format_ratio, format_seconds
 
-from ._devices_plan import show_devices_plan, span
+from ._devices_plan import show_devices_plan, tier_rows
 from ._options import (
     DEFAULT_HARDWARE,
     HardwareOption,
@@ -206,17 +206,8 @@ def _show(plan: "Plan", sure: "Certainty | None", hardware: str) -> None:
     """The plan for people: what to set, then what it buys."""
     from moejax.tune import is_tie
 
-    rows = [
-        {
-            "tier": tier.name,
-            "memory": tier.memory,
-            "capacity_bytes": tier.capacity_bytes,
-            "slots": sum(tier.experts_per_layer),
-            "slots_per_layer": span(tier.experts_per_layer),
-        }
-        for tier in plan.tiers
-    ]
-    emit(rows, OutputFormat.table, title=f"{plan.model}, {plan.strategy}, on {hardware}")
+    title = f"{plan.model}, {plan.strategy}, on {hardware}"
+    emit(tier_rows(plan.tiers), OutputFormat.table, title=title)
     gain = plan.gain_over_uniform_ratio
     lines = {
         "step latency": format_seconds(plan.step_latency_s),

@@ -11,6 +11,7 @@ from ._devices_plan import DevicesPlan as DevicesPlan
 from ._devices_plan import tune_devices as tune_devices
 from ._devices_problem import DevicesProblem as DevicesProblem
 from ._devices_problem import devices_problem as devices_problem
+from ._devices_search import devices_step_s as devices_step_s
 from ._plan import OBJECTIVES as OBJECTIVES
 from ._plan import Plan as Plan
 from ._plan import TierPlan as TierPlan

@@ -1,16 +1,17 @@
-"""The answer for several devices: slots of each device and layer, and what they are worth."""
+"""The answer for several devices: slots of each layer on every device, and what they are worth."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from moejax.units import format_ratio, format_seconds
 
 from ._devices_problem import DevicesProblem
-from ._devices_search import DeviceSlots, mean_step_s, search, step_times, uniform_slots
-from ._plan import NOISE_RATIO
+from ._devices_search import best_slots, devices_step_s, step_times, uniform_slots
+from ._plan import NOISE_RATIO, TierPlan
 from ._step import P99
 
 _EXAMPLE_S = 1e-5
@@ -18,7 +19,7 @@ _EXAMPLE_S = 1e-5
 
 @dataclass(frozen=True)
 class DevicesPlan:
-    """Slots of every device with their predicted worth.
+    """Slots of each layer, the same on every device, with their predicted worth.
 
     Attributes:
       num_devices: Devices that the experts are dealt out among.
@@ -27,7 +28,7 @@ class DevicesPlan:
       model: Card name of the model.
       hardware: Name of the hardware profile.
       strategy: Strategy the plan is for.
-      slots_per_device: Slots of each MoE layer, of each device.
+      tiers: The slots of one device; what has none waits in pinned memory.
       step_latency_s: Predicted mean time of a decode step.
       p99_latency_s: Predicted 99th percentile, of the same steps.
       hit_ratio: Predicted share of demands that find their expert on its device.
@@ -35,7 +36,6 @@ class DevicesPlan:
       all_reduce_s: What adding up the devices' answers takes, once a layer.
       uniform_step_latency_s: The same budgets shared equally over the layers.
       gain_over_uniform_ratio: Share of `uniform_step_latency_s` that the plan saves.
-      optimum_gap_ratio: How far the plan is above what no split beats, at most.
       links_and_memories_s: What reading and copying the bytes of a step takes, all links and
         memories sharing the experts' bytes equally, each at its full rate; added up.
       one_device_step_latency_s: Predicted of one device with the same budget.
@@ -45,11 +45,11 @@ class DevicesPlan:
 
     num_devices: int
     budget_bytes: int
-    used_bytes: tuple[int, ...]
+    used_bytes: int
     model: str
     hardware: str
     strategy: str
-    slots_per_device: tuple[tuple[int, ...], ...]
+    tiers: tuple[TierPlan, ...]
     step_latency_s: float
     p99_latency_s: float
     hit_ratio: float
@@ -57,7 +57,6 @@ class DevicesPlan:
     all_reduce_s: float
     uniform_step_latency_s: float
     gain_over_uniform_ratio: float
-    optimum_gap_ratio: float
     links_and_memories_s: float
     one_device_step_latency_s: float
     speedup_ratio: float
@@ -76,22 +75,22 @@ def tune_devices(problem: DevicesProblem, one_device_step_latency_s: float) -> D
       one_device_step_latency_s: What one device is predicted to take with the same budget.
 
     Returns:
-      A plan that is never worse than equal slots in every layer.
+      The exact optimum of the counted steps where experts are of one size; with the same slots on
+      every device.
     """
-    slots, bound_s = search(problem)
-    times = problem.times
-    latency_s, uniform_s = (mean_step_s(times, one) for one in (slots, uniform_slots(problem)))
+    slots, times = best_slots(problem), problem.times
+    latency_s, uniform_s = (devices_step_s(times, one) for one in (slots, uniform_slots(problem)))
     num_demands, num_misses = _counts(problem, slots)
     sizes = np.asarray(problem.expert_bytes)
     gain_ratio = 1.0 - latency_s / uniform_s
     return DevicesPlan(
         num_devices=problem.num_devices,
         budget_bytes=problem.budget_bytes,
-        used_bytes=tuple(problem.fixed_bytes + int(row @ sizes) for row in slots),
+        used_bytes=problem.fixed_bytes + int(slots @ sizes),
         model=problem.model,
         hardware=problem.hardware,
         strategy=problem.strategy,
-        slots_per_device=tuple(tuple(row.tolist()) for row in slots),
+        tiers=(TierPlan("L1", "device", int(slots @ sizes), tuple(slots.tolist())),),
         step_latency_s=latency_s,
         p99_latency_s=float(np.quantile(step_times(times, slots), P99)),
         hit_ratio=float(1.0 - num_misses.sum() / max(num_demands.sum(), 1e-9)),
@@ -99,8 +98,6 @@ def tune_devices(problem: DevicesProblem, one_device_step_latency_s: float) -> D
         all_reduce_s=times.all_reduce_s,
         uniform_step_latency_s=uniform_s,
         gain_over_uniform_ratio=gain_ratio,
-        # Below 0 is rounding.
-        optimum_gap_ratio=max(0.0, latency_s / bound_s - 1.0),
         links_and_memories_s=_links_and_memories_s(
             problem, float(num_demands @ sizes), float(num_misses @ sizes)
         ),
@@ -110,15 +107,16 @@ def tune_devices(problem: DevicesProblem, one_device_step_latency_s: float) -> D
     )
 
 
-def _counts(problem: DevicesProblem, slots: DeviceSlots) -> tuple[np.ndarray, np.ndarray]:
+def _counts(
+    problem: DevicesProblem, slots: Int[np.ndarray, " layers"]
+) -> tuple[Float[np.ndarray, " layers"], Float[np.ndarray, " layers"]]:
     """Mean demands and misses of a step in each layer, over all devices."""
     layers = np.arange(problem.num_layers)
-    num_demands = sum(share[..., 0].mean(axis=0) for share in problem.step_misses)
-    num_misses = sum(
-        share[:, layers, row].mean(axis=0)
-        for share, row in zip(problem.step_misses, slots, strict=True)
-    )
-    return np.asarray(num_demands), np.asarray(num_misses)
+    num_demands, num_misses = np.zeros(len(layers)), np.zeros(len(layers))
+    for share in problem.step_misses:
+        num_demands += share[..., 0].mean(axis=0)
+        num_misses += share[:, layers, np.minimum(slots, share.shape[-1] - 1)].mean(axis=0)
+    return num_demands, num_misses
 
 
 def _links_and_memories_s(
@@ -130,7 +128,9 @@ def _links_and_memories_s(
     return read_bytes / rates.vram_bytes_per_s + link_s
 
 
-def _warnings(problem: DevicesProblem, slots: DeviceSlots, gain_ratio: float) -> Iterator[str]:
+def _warnings(
+    problem: DevicesProblem, slots: Int[np.ndarray, " layers"], gain_ratio: float
+) -> Iterator[str]:
     if not problem.knows_all_reduce:
         added_s = problem.num_layers * _EXAMPLE_S
         yield (
@@ -138,11 +138,10 @@ def _warnings(problem: DevicesProblem, slots: DeviceSlots, gain_ratio: float) ->
             f"0. Every {format_seconds(_EXAMPLE_S)} of it add {format_seconds(added_s)} to a step."
         )
     yield (
-        "The links are taken to run side by side at full speed, and nothing is prefetched; both "
-        "are unmeasured."
+        "The links are taken to run side by side at full speed, although they share the host's "
+        "memory, and nothing is prefetched."
     )
-    most = np.array([share.shape[-1] - 1 for share in problem.step_misses])
-    if np.all(slots == most[:, None]):
+    if np.all(slots == problem.most_slots):
         yield "Every expert fits on its device: there is nothing left to tune."
     elif gain_ratio < NOISE_RATIO:
         yield (

@@ -113,6 +113,11 @@ class DevicesProblem:
         return len(self.expert_bytes)
 
     @property
+    def most_slots(self) -> int:
+        """Experts of one layer on the device that owns most of them."""
+        return max(share.shape[-1] for share in self.step_misses) - 1
+
+    @property
     def slot_budget_bytes(self) -> int:
         """What is left for slots on each device."""
         return self.budget_bytes - self.fixed_bytes

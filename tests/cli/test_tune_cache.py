@@ -187,10 +187,15 @@ def test_two_devices_share_the_experts(tune, trace, tmp_path):
     assert plan["step_latency_s"] < alone["step_latency_s"]
     assert plan["hit_ratio"] > alone["hit_ratio"]
     assert plan["step_latency_s"] <= plan["uniform_step_latency_s"] * (1 + 1e-9)
-    assert [len(slots) for slots in plan["slots_per_device"]] == [NUM_LAYERS] * 2
-    assert max(plan["used_bytes"]) <= plan["budget_bytes"] == 2_000_000
+    (device,) = plan["tiers"]
+    assert (device["memory"], len(device["experts_per_layer"])) == ("device", NUM_LAYERS)
+    assert device["capacity_bytes"] == plan["used_bytes"] <= plan["budget_bytes"] == 2_000_000
     table = tune(*asked)[1]
-    for words in ("on 2 devices like", "one device with the same budget", "2 links and memories"):
+    for words in (
+        "on each of 2 devices",
+        "one device with the same budget",
+        "2 links and memories",
+    ):
         assert words in table
     assert "does not say what an all-reduce takes" in table
 
