@@ -57,8 +57,7 @@ def measure_engine(options: argparse.Namespace) -> dict[str, Any]:
     config = read_model(options)
     found: dict[str, Any] = {
         "model": options.model,
-        "all_reduces": [],
-        "rates": {},
+        "links": {},
         "cases": [],
         "logits": [],
         "plans": [],
@@ -213,18 +212,16 @@ def _rates(rig: Rig, options: argparse.Namespace, found: dict[str, Any]) -> dict
     first = layer.addressable_shards[0].data
     ceilings = measure_ceilings(first, (config.vocab_size, config.hidden_size), seed=SEED)
     link = ceilings.link_bytes_per_s
-    about: dict[str, Any] = {"num_devices": members.num_devices, "ceilings": to_plain(ceilings)}
+    about: dict[str, Any] = {"ceilings": to_plain(ceilings)}
     if members.num_devices > 1:
         links = measure_links(
             layer, members, hidden=config.hidden_size, batch_sizes=options.batch_sizes
         )
         about["links"] = to_plain(links)
-        found["all_reduces"] = to_plain(links.all_reduces)
         _say(f"  links: {links.alone_bytes_per_s:.3g} alone, {links.beside_bytes_per_s:.3g} beside")
-        for one in links.all_reduces:
-            each_s = np.median(one["all_reduce_s"].samples)
-            _say(f"  all-reduce of {one['all_reduce_bytes']} bytes: {1e6 * each_s:.1f} us")
-    found["rates"][str(members.num_devices)] = about
+        for num_bytes, each_s in links.all_reduce_s.items():
+            _say(f"  all-reduce of {num_bytes} bytes: {1e6 * each_s:.1f} us")
+    found["links"][str(members.num_devices)] = about
     sizes: StepSizes = step_sizes(rig)
     found["sizes"] = sizes._asdict()
     return {"sizes": sizes, "link_bytes_per_s": link, "hbm_bytes_per_s": ceilings.hbm_bytes_per_s}

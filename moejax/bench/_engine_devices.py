@@ -25,9 +25,6 @@ _NUM_SAMPLES = 9
 _LINKED = (24, 240)
 """All-reduces in a chain."""
 
-# Several requests are padded to so many by the kernels.
-_NUM_COLUMNS = 16
-
 
 class Links(NamedTuple):
     """Rates of the devices' links and of what joins the devices.
@@ -35,15 +32,14 @@ class Links(NamedTuple):
     Attributes:
       alone_bytes_per_s: One device copies from the host, the others idle.
       beside_bytes_per_s: Each of them, while all copy.
-      all_reduces: What adding up the devices' answers takes, a record a size: `num_devices`,
-        `all_reduce_bytes` of the float32 vector and `all_reduce_s`. Each is one of a chain within
-        a program, rounding and the residual stream included.
-      samples: Calls that copy, in seconds.
+      all_reduce_s: What adding up the devices' answers takes, by the bytes of the float32 vector:
+        one of a chain within a program, rounding and the residual stream included.
+      samples: What the medians were computed from.
     """
 
     alone_bytes_per_s: float
     beside_bytes_per_s: float
-    all_reduces: list[dict[str, Any]]
+    all_reduce_s: dict[int, float]
     samples: dict[str, Measurement]
 
 
@@ -57,30 +53,30 @@ def measure_links(layer: Array, team: Team, *, hidden: int, batch_sizes: Sequenc
       batch_sizes: Requests; the kernels pad several to 16.
     """
     first = layer.addressable_shards[0].data
-    samples = {
+    copies = {
         "alone": _sample(partial(_send, first)),
         "beside": _sample(partial(_send, layer)),
     }
-    columns = sorted({1 if size == 1 else _NUM_COLUMNS for size in batch_sizes})
+    shapes = [(hidden, columns) for columns in sorted({_num_columns(n) for n in batch_sizes})]
+    sums = {
+        int(np.prod(shape)) * np.dtype(np.float32).itemsize: _all_reduce(team, shape, layer.dtype)
+        for shape in shapes
+    }
     return Links(
-        alone_bytes_per_s=first.nbytes / float(np.median(samples["alone"].samples)),
-        beside_bytes_per_s=first.nbytes / float(np.median(samples["beside"].samples)),
-        all_reduces=[_all_reduce(team, (hidden, number), layer.dtype) for number in columns],
-        samples=samples,
+        alone_bytes_per_s=first.nbytes / float(np.median(copies["alone"].samples)),
+        beside_bytes_per_s=first.nbytes / float(np.median(copies["beside"].samples)),
+        all_reduce_s={size: float(np.median(each.samples)) for size, each in sums.items()},
+        samples=copies | {f"all-reduce of {size} bytes": each for size, each in sums.items()},
     )
 
 
-def _all_reduce(team: Team, shape: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
+def _all_reduce(team: Team, shape: tuple[int, int], dtype: jnp.dtype) -> Measurement:
     """One all-reduce of a layer: two lengths of a chain tell it from the call around it."""
     x = team.place(jnp.ones(shape, dtype), Team.ALIKE)
     few, many = (_sample(partial(_chain(team, number), x)).samples for number in _LINKED)
     base_s, added = float(np.median(few)), _LINKED[1] - _LINKED[0]
     each_s = tuple((sample_s - base_s) / added for sample_s in many)
-    return {
-        "num_devices": team.num_devices,
-        "all_reduce_bytes": x.size * np.dtype(np.float32).itemsize,
-        "all_reduce_s": Measurement("all_reduce", "s", each_s),
-    }
+    return Measurement("all_reduce", "s", each_s)
 
 
 def devices_record(
@@ -199,6 +195,11 @@ def _tokens(
     generator = np.random.default_rng(seed)
     for _ in range(num_steps):
         yield generator.integers(0, engine.config.vocab_size, batch_size, np.int32)
+
+
+def _num_columns(batch_size: int) -> int:
+    """Columns of activations: several requests are padded to 16 by the kernels."""
+    return 1 if batch_size == 1 else 16
 
 
 def _chain(team: Team, number: int):

@@ -32,6 +32,7 @@ CONSTANT_NAMES = (
     "prefetch_overlap_ratio",
     "all_reduce_latency_s",
     "all_reduce_bytes_per_s",
+    "links_beside_ratio",
     "price_usd",
 )
 """Every constant a profile may state; what the cost model needs and finds missing it names."""

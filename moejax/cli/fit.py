@@ -49,12 +49,12 @@ def fit(
     SOURCE is a CSV with the columns of models/hardware/measurements/transfer.csv, of which one
     rig is fitted with every third size held out, or what `moejax bench` measured on this machine.
     The profile then works as `--hardware FILE.toml`. What scripts/bench_devices.py measured of
-    several devices adds their all-reduce to the profile of one, --base.
+    several devices adds their links and all-reduce to the profile of one, --base.
 
     Example: moejax fit reports/run-1 --out my-card.toml
     """
     from moejax.cards import load_hardware
-    from moejax.cost import fit_all_reduce, fit_csv, fit_profile, format_profile
+    from moejax.cost import fit_csv, fit_devices, fit_profile, format_profile
     from moejax.results import write_text
 
     if out is not None and out.suffix != ".toml":
@@ -68,13 +68,13 @@ def fit(
         profile = found.hardware
     elif gpu:
         raise UsageError(f"--gpu {gpu!r} without a CSV", "A run holds one machine only.")
-    elif all_reduces := _read_all_reduces(source):
+    elif links := _read_links(source):
         if not base:
             raise UsageError(
-                f"{source} tells only what several devices take to add up their answers",
+                f"{source} tells only what joins several devices",
                 "Give the profile of one of them with --base.",
             )
-        profile = fit_all_reduce(all_reduces, load_hardware(base))
+        profile = fit_devices(load_hardware(base), **links)
         profile = dataclasses.replace(profile, name=name or profile.name)
     else:
         measurements, device = _read_run(source)
@@ -95,12 +95,31 @@ def fit(
         emit(_constants(profile), output or OutputFormat.table, columns=columns)
 
 
-def _read_all_reduces(source: Path) -> list[dict[str, Any]]:
-    """The records of a run over several devices that timed an all-reduce; none of other runs."""
-    _, results = _read_results(source)
+def _read_links(source: Path) -> dict[str, Any] | None:
+    """Arguments of `fit_devices` from a run over several devices; None of another run."""
+    path, results = _read_results(source)
     engine = results.get("engine") if isinstance(results, dict) else None
-    records = engine.get("all_reduces") if isinstance(engine, dict) else None
-    return [one for one in records or () if isinstance(one, dict)]
+    if not isinstance(engine, dict):
+        return None
+    try:
+        found = {int(n): one["links"] for n, one in engine["links"].items() if "links" in one}
+        if len(found) != 1:
+            raise BadFileError(
+                f"{path} holds the links of {' and '.join(map(str, found)) or 'no'} devices",
+                "A profile is of one number: run scripts/bench_devices.py --devices 1,2, say.",
+            )
+        ((num_devices, links),) = found.items()
+        return {
+            "num_devices": num_devices,
+            "all_reduce_s": {int(n): float(s) for n, s in links["all_reduce_s"].items()},
+            "alone_bytes_per_s": float(links["alone_bytes_per_s"]),
+            "beside_bytes_per_s": float(links["beside_bytes_per_s"]),
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadFileError(
+            f"{path}: the links of its devices are incomplete: {error!r}",
+            "Run scripts/bench_devices.py again.",
+        ) from error
 
 
 def _read_results(source: Path) -> tuple[Path, Any]:

@@ -109,6 +109,8 @@ def tune_cache(
     origin = {
         "workload": routing.workload,
         "trace": str(trace) if trace is not None else None,
+        "batch_size": batch_size,
+        "context_tokens": context_tokens,
     }
     if devices > 1:
         if objective != "latency":

@@ -2,7 +2,6 @@
 
 from ._all_reduce import all_reduce_bytes as all_reduce_bytes
 from ._all_reduce import all_reduce_s as all_reduce_s
-from ._all_reduce import knows_all_reduce as knows_all_reduce
 from ._clock import LayerClock as LayerClock
 from ._clock import clock_from_parameters as clock_from_parameters
 from ._clock import layer_clock as layer_clock
@@ -25,12 +24,12 @@ from ._estimate import smallest_budget_bytes as smallest_budget_bytes
 from ._estimate import workspace_bytes as workspace_bytes
 from ._fit import LogFit as LogFit
 from ._fit import fit_log_parameters as fit_log_parameters
-from ._fit_all_reduce import fit_all_reduce as fit_all_reduce
 from ._fit_copy import CopyFit as CopyFit
 from ._fit_copy import CopyFitRow as CopyFitRow
 from ._fit_copy import fit_copy as fit_copy
 from ._fit_csv import CsvFit as CsvFit
 from ._fit_csv import fit_csv as fit_csv
+from ._fit_devices import fit_devices as fit_devices
 from ._fit_profile import fit_profile as fit_profile
 from ._fit_steps import CountedCase as CountedCase
 from ._fit_steps import StepFit as StepFit

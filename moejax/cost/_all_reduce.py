@@ -1,7 +1,7 @@
 """What adding up the answers of several devices takes, once a layer."""
 
 from moejax._types import Scalar
-from moejax.cards import Hardware, ModelSpec
+from moejax.cards import ModelSpec
 
 from ._parameters import CostParameters
 
@@ -24,8 +24,3 @@ def all_reduce_s(parameters: CostParameters, model: ModelSpec, batch_size: Scala
 def all_reduce_bytes(model: ModelSpec, batch_size: Scalar) -> Scalar:
     """Bytes of what is added up."""
     return float(_NUMBER_BYTES * model.hidden_size) * batch_size
-
-
-def knows_all_reduce(hardware: Hardware) -> bool:
-    """Whether a profile states what an all-reduce takes."""
-    return "all_reduce_latency_s" in hardware.constants

@@ -31,6 +31,7 @@ class CostParameters(NamedTuple):
       prefetch_overlap_ratio: Share of a prefetch's copy that hides behind the layers beside it.
       all_reduce_latency_s: Adding up a vector of no bytes over the devices of one host.
       all_reduce_bytes_per_s: Bytes of the vector over what they take more than that.
+      links_beside_ratio: Share of a link's bandwidth that is left while all devices' links copy.
     """
 
     vram_bytes_per_s: Scalar
@@ -53,6 +54,7 @@ class CostParameters(NamedTuple):
     prefetch_overlap_ratio: Scalar = 1.0
     all_reduce_latency_s: Scalar = 0.0
     all_reduce_bytes_per_s: Scalar = math.inf
+    links_beside_ratio: Scalar = 1.0
 
 
 def from_hardware(hardware: Hardware) -> CostParameters:

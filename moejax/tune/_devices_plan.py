@@ -137,10 +137,11 @@ def _warnings(
             f"The profile {problem.hardware} does not say what an all-reduce takes: it is taken as "
             f"0. Every {format_seconds(_EXAMPLE_S)} of it add {format_seconds(added_s)} to a step."
         )
-    yield (
-        "The links are taken to run side by side at full speed, although they share the host's "
-        "memory, and nothing is prefetched."
-    )
+    if not problem.knows_links:
+        yield (
+            f"The profile {problem.hardware} does not say how fast links are side by side: each is "
+            "taken to run at full speed, although they share the host's memory."
+        )
     if np.all(slots == problem.most_slots):
         yield "Every expert fits on its device: there is nothing left to tune."
     elif gain_ratio < NOISE_RATIO:

@@ -8,7 +8,8 @@ own. All of them compute attention, router and shared expert. In each layer of a
 
 where a device waits for its own misses alone and computes its own experts, the shared one included.
 A mean of the misses does not tell a mean of the maximum, so the steps are counted one by one. What
-has no slot waits in pinned memory, nothing is prefetched, and the links run side by side.
+has no slot waits in pinned memory, and nothing is prefetched. The links run side by side, at the
+share of their bandwidth that the profile says is left then.
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,10 @@ from moejax.cards import Hardware, ModelSpec
 from moejax.cost import (
     LayerClock,
     all_reduce_s,
+    clock_from_parameters,
     event_s,
     expert_compute_s,
     from_hardware,
-    knows_all_reduce,
-    layer_clock,
 )
 from moejax.errors import InfeasibleBudgetError, UsageError
 from moejax.units import format_bytes
@@ -84,6 +84,7 @@ class DevicesProblem:
       model: Card name of the model.
       hardware: Name of the hardware profile.
       knows_all_reduce: Whether that profile states what an all-reduce takes.
+      knows_links: Whether it states what links are worth side by side.
       strategy: Strategy whose misses these are.
       expert_bytes: Bytes of one expert of each layer.
       budget_bytes: Bytes of each device as asked for.
@@ -96,6 +97,7 @@ class DevicesProblem:
     model: str
     hardware: str
     knows_all_reduce: bool
+    knows_links: bool
     strategy: str
     expert_bytes: tuple[int, ...]
     budget_bytes: int
@@ -165,13 +167,17 @@ def devices_problem(
     check_feasible(budget_bytes, fixed_bytes, max(sizes))
     _check_pinned(sizes, model, budget_bytes - fixed_bytes, pinned_budget_bytes, len(steps))
     parameters = from_hardware(hardware)
-    clock = layer_clock(
-        hardware,
+    link_bytes_per_s = parameters.pinned_h2d_bytes_per_s
+    if len(steps) > 1:
+        link_bytes_per_s *= parameters.links_beside_ratio
+    layer_constant = hardware.strategy_layer_s.get(strategy)
+    clock = clock_from_parameters(
+        parameters._replace(pinned_h2d_bytes_per_s=link_bytes_per_s),
         model,
         batch_size=batch_size,
         context_tokens=context_tokens,
         expert_bytes=np.asarray(sizes),
-        strategy=strategy,
+        strategy_layer_s=0.0 if layer_constant is None else layer_constant.value,
     )
     times = DeviceTimes(
         own_s=own_times(clock, steps, float(batch_size * model.num_experts_per_tok)),
@@ -186,7 +192,8 @@ def devices_problem(
         step_misses=steps,
         model=model.name,
         hardware=hardware.name,
-        knows_all_reduce=knows_all_reduce(hardware),
+        knows_all_reduce="all_reduce_latency_s" in hardware.constants,
+        knows_links="links_beside_ratio" in hardware.constants,
         strategy=strategy,
         expert_bytes=sizes,
         budget_bytes=budget_bytes,
@@ -194,7 +201,7 @@ def devices_problem(
         rates=DeviceRates(
             replicated_bytes=model.dense_bytes - embedding_bytes + kv_bytes,
             vram_bytes_per_s=hardware.value("vram_bytes_per_s"),
-            link_bytes_per_s=hardware.value("pinned_h2d_bytes_per_s"),
+            link_bytes_per_s=float(link_bytes_per_s),
         ),
     )
 

@@ -123,13 +123,16 @@ def test_mistakes_have_their_codes_and_a_cure(fit, tmp_path, monkeypatch, source
     assert "\n\nhint: " in err
 
 
-def test_a_run_over_devices_adds_its_all_reduce(fit, tmp_path):
-    run = tmp_path / "devices.json"
-    records = [
-        {"num_devices": 1, "step_s": 2e-3},
-        {"num_devices": 2, "all_reduce_bytes": 8192, "all_reduce_s": 1e-5},
-    ]
-    run.write_text(json.dumps({"engine": records}))
+def _devices_run(path: Path, **links) -> Path:
+    known = {"all_reduce_s": {"8192": 1e-5, "131072": 2e-5}}
+    known |= {"alone_bytes_per_s": 5e10, "beside_bytes_per_s": 4e10}
+    counts = {"1": {"ceilings": {}}, "2": {"links": known | links}}
+    path.write_text(json.dumps({"engine": {"cases": [], "links": counts}}))
+    return path
+
+
+def test_a_run_over_devices_adds_what_joins_them(fit, tmp_path):
+    run = _devices_run(tmp_path / "devices.json")
     code, _, err = fit(run)
     assert code == 2
     assert "--base" in err
@@ -137,5 +140,16 @@ def test_a_run_over_devices_adds_its_all_reduce(fit, tmp_path):
     code, _, err = fit(run, "--base", "h200", "--out", out)
     assert code == 0, err
     profile = load_hardware(out)
-    assert (profile.name, profile.value("all_reduce_latency_s")) == ("two", 1e-5)
+    assert profile.name == "two"
+    rate = (131072 - 8192) / 1e-5
+    assert profile.value("all_reduce_bytes_per_s") == pytest.approx(rate)
+    assert profile.value("all_reduce_latency_s") == pytest.approx(1e-5 - 8192 / rate)
+    assert profile.value("links_beside_ratio") == 0.8
     assert profile.constants["matmul_flops"] == load_hardware("h200").constants["matmul_flops"]
+
+
+@pytest.mark.parametrize("links", [{"all_reduce_s": None}, {"alone_bytes_per_s": "fast"}])
+def test_a_run_over_devices_without_its_links(fit, tmp_path, links):
+    code, _, err = fit(_devices_run(tmp_path / "devices.json", **links), "--base", "h200")
+    assert code == 4
+    assert "are incomplete" in err

@@ -166,6 +166,25 @@ def test_an_all_reduce_is_paid_once_a_layer():
     assert "taken as 0" not in " ".join(paid.warnings)
 
 
+def test_links_that_share_the_host_are_slower_side_by_side():
+    slow = Constant(0.5, "1", "measured", None, "made up")
+    hardware = replace(HARDWARE, constants={**HARDWARE.constants, "links_beside_ratio": slow})
+    plain, beside = (tune_devices(_problem(2, hardware=one), 1.0) for one in (HARDWARE, hardware))
+    assert "side by side" in " ".join(plain.warnings)
+    assert "side by side" not in " ".join(beside.warnings)
+    # Each miss takes as much longer as its bytes do; what hides behind it stays the same.
+    wait_s = EXPERT_BYTES / HARDWARE.value("pinned_h2d_bytes_per_s")
+    slowest = np.max([share[..., 2] for share in _problem(2).step_misses], axis=0)
+    slots = np.array([2, 2])
+    added_s = step_times(_problem(2, num_slots=4, hardware=hardware).times, slots)
+    added_s -= step_times(_problem(2, num_slots=4).times, slots)
+    np.testing.assert_allclose(added_s, slowest.sum(axis=1) * wait_s, rtol=1e-4)
+    # One device has its link to itself.
+    assert step_times(_problem(1, hardware=hardware).times, slots) == pytest.approx(
+        step_times(_problem(1).times, slots)
+    )
+
+
 def test_a_plan_knows_its_bound_and_one_device():
     problem = _problem(2, num_slots=3)
     plan = tune_devices(problem, 0.5)
