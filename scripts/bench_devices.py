@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         }
         for part in options.parts:
             print(f"part {part}", file=sys.stderr, flush=True)
+            # What a part has so far, should it not come to its end.
+            options.save = lambda found, part=part: write_json(options.out, results | {part: found})
             try:
                 results[part] = PARTS[part](options)
             except Exception as error:  # The others are worth having whatever became of this one.

@@ -36,6 +36,8 @@ from moejax.strategies import STRATEGIES
 
 SEED, CONTEXT = 0, 96
 WORKLOAD = "qwen1.5-moe"
+# One object, since another one would be compiled anew.
+LRU = STRATEGIES["lru"].make(None)
 # Steps that count and steps before them, by batch size.
 STEPS = {1: (64, 32), 4: (40, 24), 16: (16, 12)}
 PLAN_STEPS = {1: (64, 64), 4: (32, 32), 16: (16, 16)}
@@ -76,6 +78,7 @@ def measure_engine(options: argparse.Namespace) -> dict[str, Any]:
             said[count, batch_size] = _logits(rig, engine, config, batch_size, options, found)
             for path in _plans_for(options, count, batch_size):
                 found["plans"].append(measure_plan(rig, engine, path, rates, options))
+            options.save(found)
             del engine
             gc.collect()
         del rig
@@ -127,9 +130,8 @@ def measure(rig: Rig, engine: OffloadEngine, case: Case, rates: dict[str, Any]) 
         link_bytes_per_s=rates["link_bytes_per_s"],
         hbm_bytes_per_s=rates["hbm_bytes_per_s"],
     )
-    strategy = STRATEGIES["lru"].make(None)
     difference = shares_difference(
-        rig, [plan] * num_devices, strategy, case.routing.experts, steps.counts, case.batch_size
+        rig, [plan] * num_devices, LRU, case.routing.experts, steps.counts, case.batch_size
     )
     _say(
         f"  {num_devices} device(s), batch {case.batch_size}, {case.slots} slots, "
@@ -154,13 +156,14 @@ def measure_plan(
     """What the engine takes with a plan of `moejax tune-cache`, and what was predicted."""
     plan = read_json(path)
     num_devices, batch_size = rig.store.team.num_devices, plan["batch_size"]
-    slots = plan.get("slots_per_device") or [_device_tier(plan)]
+    slots = next(t["experts_per_layer"] for t in plan["tiers"] if t["memory"] == "device")
     num_steps, num_warmup = (max(2, n // options.shrink) for n in PLAN_STEPS[batch_size])
     recipe = RoutingRecipe("requests", num_steps + num_warmup, SEED + 2, source=options.workload)
     routing = make_routing(recipe, rig.config, options.model, batch_size)
-    plans = [SlotPlan("layer", tuple(each)) for each in slots]
     context = plan["context_tokens"] - num_warmup - num_steps // 2
-    steps = replay_steps(engine.with_plan(plans), routing, batch_size, context=context)
+    steps = replay_steps(
+        engine.with_plan(SlotPlan("layer", tuple(slots))), routing, batch_size, context=context
+    )
     record = devices_record(
         steps,
         rates["sizes"],
@@ -177,7 +180,7 @@ def measure_plan(
         f"{1e3 * plan['step_latency_s']:.2f}; hits {record['hit_ratio']:.3f}, planned "
         f"{plan['hit_ratio']:.3f}"
     )
-    return {"plan": path.name, "slots_per_device": slots, "mean_s": mean_s, **record}
+    return {"plan": path.name, "slots": slots, "mean_s": mean_s, **record}
 
 
 def _plans_for(options: argparse.Namespace, num_devices: int, batch_size: int) -> Iterator[Path]:
@@ -185,10 +188,6 @@ def _plans_for(options: argparse.Namespace, num_devices: int, batch_size: int) -
         plan = read_json(path)
         if (plan.get("num_devices", 1), plan["batch_size"]) == (num_devices, batch_size):
             yield path
-
-
-def _device_tier(plan: dict[str, Any]) -> list[int]:
-    return next(t["experts_per_layer"] for t in plan["tiers"] if t["memory"] == "device")
 
 
 def compare(said: dict[tuple[int, int], np.ndarray], base: int) -> Iterator[dict[str, Any]]:
@@ -229,7 +228,7 @@ def _rates(rig: Rig, options: argparse.Namespace, found: dict[str, Any]) -> dict
 
 def _engine(rig: Rig, num_experts: int) -> OffloadEngine:
     whole = -(-num_experts // rig.store.team.num_devices)
-    return rig.engine(rig.even_plan(whole, "layer"), STRATEGIES["lru"].make(None))
+    return rig.engine(rig.even_plan(whole, "layer"), LRU)
 
 
 def _logits(
