@@ -1,6 +1,7 @@
 """`moejax fit`: a hardware profile from measurements."""
 
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,7 +103,7 @@ def _read_links(source: Path) -> dict[str, Any] | None:
     if not isinstance(engine, dict):
         return None
     try:
-        found = {int(n): one["links"] for n, one in engine["links"].items() if "links" in one}
+        found = {int(n): one["links"] for n, one in engine["rates"].items() if "links" in one}
         if len(found) != 1:
             raise BadFileError(
                 f"{path} holds the links of {' and '.join(map(str, found)) or 'no'} devices",
@@ -111,7 +112,10 @@ def _read_links(source: Path) -> dict[str, Any] | None:
         ((num_devices, links),) = found.items()
         return {
             "num_devices": num_devices,
-            "all_reduce_s": {int(n): float(s) for n, s in links["all_reduce_s"].items()},
+            "all_reduce_s": {
+                int(one["all_reduce_bytes"]): statistics.median(one["all_reduce_s"]["samples"])
+                for one in links["all_reduces"]
+            },
             "alone_bytes_per_s": float(links["alone_bytes_per_s"]),
             "beside_bytes_per_s": float(links["beside_bytes_per_s"]),
         }

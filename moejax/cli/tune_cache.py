@@ -107,6 +107,8 @@ def tune_cache(
     profile = load_hardware(hardware)
     routing = recorded or open_routing(workload or workload_of(spec), seed)
     origin = {
+        "batch_size": batch_size,
+        "context_tokens": context_tokens,
         "workload": routing.workload,
         "trace": str(trace) if trace is not None else None,
         "batch_size": batch_size,

@@ -1,7 +1,8 @@
 """Cost model: what copies and compute take on one machine, in closed form and differentiable."""
 
-from ._all_reduce import all_reduce_bytes as all_reduce_bytes
-from ._all_reduce import all_reduce_s as all_reduce_s
+from ._between_devices import BetweenDevices as BetweenDevices
+from ._between_devices import all_reduce_s as all_reduce_s
+from ._between_devices import between_devices as between_devices
 from ._clock import LayerClock as LayerClock
 from ._clock import clock_from_parameters as clock_from_parameters
 from ._clock import layer_clock as layer_clock

@@ -1,6 +1,5 @@
 """The numbers that the laws of this package read, as one pytree of floats."""
 
-import math
 from typing import NamedTuple
 
 from moejax._types import Scalar
@@ -29,9 +28,6 @@ class CostParameters(NamedTuple):
       overlap_ratio: Share of the shorter of copy and compute that hides behind the longer.
       batched_layer_s: What a layer costs more for several requests than for one, beside bytes.
       prefetch_overlap_ratio: Share of a prefetch's copy that hides behind the layers beside it.
-      all_reduce_latency_s: Adding up a vector of no bytes over the devices of one host.
-      all_reduce_bytes_per_s: Bytes of the vector over what they take more than that.
-      links_beside_ratio: Share of a link's bandwidth that is left while all devices' links copy.
     """
 
     vram_bytes_per_s: Scalar
@@ -52,9 +48,6 @@ class CostParameters(NamedTuple):
     overlap_ratio: Scalar
     batched_layer_s: Scalar = 0.0
     prefetch_overlap_ratio: Scalar = 1.0
-    all_reduce_latency_s: Scalar = 0.0
-    all_reduce_bytes_per_s: Scalar = math.inf
-    links_beside_ratio: Scalar = 1.0
 
 
 def from_hardware(hardware: Hardware) -> CostParameters:

@@ -63,8 +63,12 @@ class DevicesPlan:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain lists and numbers, as `tune-cache -o json` prints it."""
-        return asdict(self)
+        """The plan as plain lists and numbers, as `tune-cache -o json` prints it.
+
+        `slots_per_device` says the slots of each device, which are all alike.
+        """
+        slots = self.tiers[0].experts_per_layer
+        return asdict(self) | {"slots_per_device": [list(slots)] * self.num_devices}
 
 
 def tune_devices(problem: DevicesProblem, one_device_step_latency_s: float) -> DevicesPlan:

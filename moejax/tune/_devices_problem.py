@@ -22,8 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from moejax.cards import Hardware, ModelSpec
 from moejax.cost import (
+    BetweenDevices,
     LayerClock,
     all_reduce_s,
+    between_devices,
     clock_from_parameters,
     event_s,
     expert_compute_s,
@@ -167,9 +169,8 @@ def devices_problem(
     check_feasible(budget_bytes, fixed_bytes, max(sizes))
     _check_pinned(sizes, model, budget_bytes - fixed_bytes, pinned_budget_bytes, len(steps))
     parameters = from_hardware(hardware)
-    link_bytes_per_s = parameters.pinned_h2d_bytes_per_s
-    if len(steps) > 1:
-        link_bytes_per_s *= parameters.links_beside_ratio
+    between = BetweenDevices() if len(steps) == 1 else between_devices(hardware)
+    link_bytes_per_s = parameters.pinned_h2d_bytes_per_s * between.links_beside_ratio
     layer_constant = hardware.strategy_layer_s.get(strategy)
     clock = clock_from_parameters(
         parameters._replace(pinned_h2d_bytes_per_s=link_bytes_per_s),
@@ -182,7 +183,7 @@ def devices_problem(
     times = DeviceTimes(
         own_s=own_times(clock, steps, float(batch_size * model.num_experts_per_tok)),
         replicated_s=float(clock.attention_s),
-        all_reduce_s=float(all_reduce_s(parameters, model, batch_size)) if len(steps) > 1 else 0.0,
+        all_reduce_s=float(all_reduce_s(between, model, batch_size)),
         step_fixed_s=float(clock.step_fixed_s),
     )
     kv_bytes = batch_size * context_tokens * model.kv_bytes_per_token

@@ -124,10 +124,16 @@ def test_mistakes_have_their_codes_and_a_cure(fit, tmp_path, monkeypatch, source
 
 
 def _devices_run(path: Path, **links) -> Path:
-    known = {"all_reduce_s": {"8192": 1e-5, "131072": 2e-5}}
-    known |= {"alone_bytes_per_s": 5e10, "beside_bytes_per_s": 4e10}
-    counts = {"1": {"ceilings": {}}, "2": {"links": known | links}}
-    path.write_text(json.dumps({"engine": {"cases": [], "links": counts}}))
+    known = {
+        "all_reduces": [
+            {"all_reduce_bytes": size, "all_reduce_s": {"samples": [each_s, each_s, 1.0]}}
+            for size, each_s in ((8192, 1e-5), (131072, 2e-5))
+        ],
+        "alone_bytes_per_s": 5e10,
+        "beside_bytes_per_s": 4e10,
+    }
+    rates = {"1": {"ceilings": {}}, "2": {"links": known | links}}
+    path.write_text(json.dumps({"engine": {"cases": [], "rates": rates}}))
     return path
 
 
@@ -148,7 +154,7 @@ def test_a_run_over_devices_adds_what_joins_them(fit, tmp_path):
     assert profile.constants["matmul_flops"] == load_hardware("h200").constants["matmul_flops"]
 
 
-@pytest.mark.parametrize("links", [{"all_reduce_s": None}, {"alone_bytes_per_s": "fast"}])
+@pytest.mark.parametrize("links", [{"all_reduces": [{}]}, {"alone_bytes_per_s": "fast"}])
 def test_a_run_over_devices_without_its_links(fit, tmp_path, links):
     code, _, err = fit(_devices_run(tmp_path / "devices.json", **links), "--base", "h200")
     assert code == 4

@@ -182,6 +182,7 @@ def test_two_devices_share_the_experts(tune, trace, tmp_path):
     plan = json.loads(out)
     assert json.loads(path.read_text()) == plan
     assert (plan["num_devices"], plan["trace"]) == (2, str(trace))
+    assert (plan["batch_size"], plan["context_tokens"]) == (1, 512)
     alone = json.loads(tune(*asked[:-2], "-o", "json")[1])
     assert plan["one_device_step_latency_s"] == alone["step_latency_s"]
     assert plan["step_latency_s"] < alone["step_latency_s"]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from moejax.cards import load_hardware, load_model
-from moejax.cost import all_reduce_bytes, all_reduce_s, fit_devices, from_hardware
+from moejax.cost import BetweenDevices, all_reduce_s, between_devices, fit_devices
 from moejax.errors import BadFileError
 
 HARDWARE, MODEL = load_hardware("rtx-3090"), load_model("qwen1.5-moe-a2.7b")
@@ -18,10 +18,9 @@ def _fitted(*sizes: int, alone: float = 5e10, beside: float = 4e10):
 
 
 def test_a_profile_that_does_not_say_takes_nothing():
-    parameters = from_hardware(HARDWARE)
-    assert (parameters.all_reduce_latency_s, parameters.all_reduce_bytes_per_s) == (0.0, math.inf)
-    assert parameters.links_beside_ratio == 1.0
-    assert float(all_reduce_s(parameters, MODEL, 4)) == 0.0
+    between = between_devices(HARDWARE)
+    assert between == BetweenDevices(0.0, math.inf, 1.0)
+    assert all_reduce_s(between, MODEL, 4) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -33,9 +32,8 @@ def test_the_law_is_found_again(sizes, kind):
     assert found.value("all_reduce_bytes_per_s") == pytest.approx(BYTES_PER_S, rel=1e-3)
     assert found.kinds["all_reduce_latency_s"] == kind
     assert "of 2 devices" in found.constants["all_reduce_latency_s"].source
-    assert all_reduce_bytes(MODEL, 4) == 4 * 4 * 2048
     expected_s = LATENCY_S + 4 * 4 * 2048 / BYTES_PER_S
-    assert all_reduce_s(from_hardware(found), MODEL, 4) == pytest.approx(expected_s, rel=1e-3)
+    assert all_reduce_s(between_devices(found), MODEL, 4) == pytest.approx(expected_s, rel=1e-3)
     for name, constant in HARDWARE.constants.items():
         assert found.constants[name] == constant
 

@@ -196,7 +196,8 @@ def test_a_plan_knows_its_bound_and_one_device():
     expected_s = read_bytes / HARDWARE.value("vram_bytes_per_s") + link_s
     assert plan.links_and_memories_s == pytest.approx(expected_s)
     assert plan.links_and_memories_s < plan.step_latency_s
-    assert plan.to_json()["tiers"][0]["experts_per_layer"] == plan.tiers[0].experts_per_layer
+    slots = list(plan.tiers[0].experts_per_layer)
+    assert plan.to_json()["slots_per_device"] == [slots, slots]
 
 
 def test_all_experts_fit():
