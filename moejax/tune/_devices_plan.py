@@ -36,8 +36,8 @@ class DevicesPlan:
       all_reduce_s: What adding up the devices' answers takes, once a layer.
       uniform_step_latency_s: The same budgets shared equally over the layers.
       gain_over_uniform_ratio: Share of `uniform_step_latency_s` that the plan saves.
-      links_and_memories_s: What reading and copying the bytes of a step takes, all links and
-        memories sharing the experts' bytes equally, each at its full rate; added up.
+      links_and_memories_s: What the bytes of a step take: hits read from the memories and misses
+        copied by the links, all devices sharing them equally at full rates; added up.
       one_device_step_latency_s: Predicted of one device with the same budget.
       speedup_ratio: That over `step_latency_s`.
       warnings: What a reader should know before using the plan.
@@ -103,7 +103,7 @@ def tune_devices(problem: DevicesProblem, one_device_step_latency_s: float) -> D
         uniform_step_latency_s=uniform_s,
         gain_over_uniform_ratio=gain_ratio,
         links_and_memories_s=_links_and_memories_s(
-            problem, float(num_demands @ sizes), float(num_misses @ sizes)
+            problem, float((num_demands - num_misses) @ sizes), float(num_misses @ sizes)
         ),
         one_device_step_latency_s=one_device_step_latency_s,
         speedup_ratio=one_device_step_latency_s / latency_s,
@@ -124,10 +124,10 @@ def _counts(
 
 
 def _links_and_memories_s(
-    problem: DevicesProblem, demanded_bytes: float, fetched_bytes: float
+    problem: DevicesProblem, resident_bytes: float, fetched_bytes: float
 ) -> float:
     rates, num_devices = problem.rates, problem.num_devices
-    read_bytes = rates.replicated_bytes + demanded_bytes / num_devices
+    read_bytes = rates.replicated_bytes + resident_bytes / num_devices
     link_s = fetched_bytes / num_devices / rates.link_bytes_per_s
     return read_bytes / rates.vram_bytes_per_s + link_s
 

@@ -191,7 +191,8 @@ def test_a_plan_knows_its_bound_and_one_device():
     assert plan.speedup_ratio == 0.5 / plan.step_latency_s
     assert plan.used_bytes == plan.tiers[0].capacity_bytes == 3 * EXPERT_BYTES
     demands = sum(share[..., 0].sum(axis=1).mean() for share in problem.step_misses)
-    read_bytes = problem.rates.replicated_bytes + demands * EXPERT_BYTES / 2
+    hit_bytes = demands * EXPERT_BYTES - plan.fetched_bytes
+    read_bytes = problem.rates.replicated_bytes + hit_bytes / 2
     link_s = plan.fetched_bytes / 2 / HARDWARE.value("pinned_h2d_bytes_per_s")
     expected_s = read_bytes / HARDWARE.value("vram_bytes_per_s") + link_s
     assert plan.links_and_memories_s == pytest.approx(expected_s)
