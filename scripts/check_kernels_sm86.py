@@ -211,7 +211,7 @@ def lower_decode(config: QwenMoeConfig, case: Case) -> jax.stages.Lowered:
         return OffloadState(
             empty_kv_cache(config, case.batch_size, case.positions, dtype),
             Place(rows, rows, jnp.int32(0)),
-            empty_cache(sizes, layout, [plan], [strategy], dtype),
+            empty_cache(sizes, layout, plan, [strategy], dtype),
         )
 
     def step(weights, hosts, state, table):

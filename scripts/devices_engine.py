@@ -59,7 +59,7 @@ def measure_engine(options: argparse.Namespace) -> dict[str, Any]:
     config = read_model(options)
     found: dict[str, Any] = {
         "model": options.model,
-        "links": {},
+        "rates": {},
         "cases": [],
         "logits": [],
         "plans": [],
@@ -131,7 +131,7 @@ def measure(rig: Rig, engine: OffloadEngine, case: Case, rates: dict[str, Any]) 
         hbm_bytes_per_s=rates["hbm_bytes_per_s"],
     )
     difference = shares_difference(
-        rig, [plan] * num_devices, LRU, case.routing.experts, steps.counts, case.batch_size
+        rig, plan, LRU, case.routing.experts, steps.counts, case.batch_size
     )
     _say(
         f"  {num_devices} device(s), batch {case.batch_size}, {case.slots} slots, "
@@ -218,9 +218,10 @@ def _rates(rig: Rig, options: argparse.Namespace, found: dict[str, Any]) -> dict
         )
         about["links"] = to_plain(links)
         _say(f"  links: {links.alone_bytes_per_s:.3g} alone, {links.beside_bytes_per_s:.3g} beside")
-        for num_bytes, each_s in links.all_reduce_s.items():
-            _say(f"  all-reduce of {num_bytes} bytes: {1e6 * each_s:.1f} us")
-    found["links"][str(members.num_devices)] = about
+        for one in links.all_reduces:
+            each_s = np.median(one["all_reduce_s"].samples)
+            _say(f"  all-reduce of {one['all_reduce_bytes']} bytes: {1e6 * each_s:.1f} us")
+    found["rates"][str(members.num_devices)] = about
     sizes: StepSizes = step_sizes(rig)
     found["sizes"] = sizes._asdict()
     return {"sizes": sizes, "link_bytes_per_s": link, "hbm_bytes_per_s": ceilings.hbm_bytes_per_s}
@@ -244,7 +245,7 @@ def _logits(
     routing = make_routing(recipe, config, options.model, batch_size)
     few, all_ = (
         logits_of(engine.with_plan(plan), routing, batch_size, NUM_LOGIT_STEPS, seed=SEED)
-        for plan in (rig.even_plan(2, "layer"), engine.plans)
+        for plan in (rig.even_plan(2, "layer"), engine.plan)
     )
     is_identical = bool(np.array_equal(few, all_))
     _say(f"  batch {batch_size}: logits of few slots and of all are identical: {is_identical}")

@@ -109,10 +109,9 @@ def count_difference(
     """
     if counts is None:
         counts = replay_steps(engine, routing, batch_size, context=0).counts
-    (plan,) = engine.plans
     simulated = simulated_counts(
         strategy,
-        plan,
+        engine.plan,
         routing.experts,
         num_experts=rig.config.num_experts,
         topk=rig.config.num_experts_per_tok,

@@ -32,14 +32,15 @@ class Links(NamedTuple):
     Attributes:
       alone_bytes_per_s: One device copies from the host, the others idle.
       beside_bytes_per_s: Each of them, while all copy.
-      all_reduce_s: What adding up the devices' answers takes, by the bytes of the float32 vector:
-        one of a chain within a program, rounding and the residual stream included.
-      samples: What the medians were computed from.
+      all_reduces: What adding up the devices' answers takes, a record a size: `num_devices`,
+        `all_reduce_bytes` of the float32 vector, and `all_reduce_s` of one in a chain within a
+        program, rounding and the residual stream included.
+      samples: Calls that copy.
     """
 
     alone_bytes_per_s: float
     beside_bytes_per_s: float
-    all_reduce_s: dict[int, float]
+    all_reduces: list[dict[str, Any]]
     samples: dict[str, Measurement]
 
 
@@ -58,25 +59,25 @@ def measure_links(layer: Array, team: Team, *, hidden: int, batch_sizes: Sequenc
         "beside": _sample(partial(_send, layer)),
     }
     shapes = [(hidden, columns) for columns in sorted({_num_columns(n) for n in batch_sizes})]
-    sums = {
-        int(np.prod(shape)) * np.dtype(np.float32).itemsize: _all_reduce(team, shape, layer.dtype)
-        for shape in shapes
-    }
     return Links(
         alone_bytes_per_s=first.nbytes / float(np.median(copies["alone"].samples)),
         beside_bytes_per_s=first.nbytes / float(np.median(copies["beside"].samples)),
-        all_reduce_s={size: float(np.median(each.samples)) for size, each in sums.items()},
-        samples=copies | {f"all-reduce of {size} bytes": each for size, each in sums.items()},
+        all_reduces=[_all_reduce(team, shape, layer.dtype) for shape in shapes],
+        samples=copies,
     )
 
 
-def _all_reduce(team: Team, shape: tuple[int, int], dtype: jnp.dtype) -> Measurement:
+def _all_reduce(team: Team, shape: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
     """One all-reduce of a layer: two lengths of a chain tell it from the call around it."""
     x = team.place(jnp.ones(shape, dtype), Team.ALIKE)
     few, many = (_sample(partial(_chain(team, number), x)).samples for number in _LINKED)
     base_s, added = float(np.median(few)), _LINKED[1] - _LINKED[0]
     each_s = tuple((sample_s - base_s) / added for sample_s in many)
-    return Measurement("all_reduce", "s", each_s)
+    return {
+        "num_devices": team.num_devices,
+        "all_reduce_bytes": x.size * np.dtype(np.float32).itemsize,
+        "all_reduce_s": Measurement("all_reduce", "s", each_s),
+    }
 
 
 def devices_record(
@@ -133,17 +134,15 @@ def by_device(
 
 def shares_difference(
     rig: Rig,
-    plans: Sequence[SlotPlan],
+    plan: SlotPlan,
     strategy: Strategy,
     experts: UInt[np.ndarray, "steps layers places_topk"],
     counts: Int32[np.ndarray, "steps device_layers counts"],
     batch_size: int,
 ) -> str | None:
     """Where a device's counts part from the simulator's on its share; None where none does."""
-    num_devices = len(plans)
-    for device, (plan, found) in enumerate(
-        zip(plans, by_device(counts, num_devices).swapaxes(0, 1), strict=True)
-    ):
+    num_devices = rig.store.team.num_devices
+    for device, found in enumerate(by_device(counts, num_devices).swapaxes(0, 1)):
         own, num_experts = _share(experts, rig.config.num_experts, batch_size, device, num_devices)
         simulated = simulated_counts(
             strategy,

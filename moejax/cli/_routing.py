@@ -40,8 +40,10 @@ def recorded_trace(
     return trace
 
 
-def open_routing(workload: str, seed: int) -> "Trace":
+def open_routing(workload: str, seed: int, batch_size: int = 1) -> "Trace":
     """A draw of a workload, for commands that need one trace.
+
+    No place of a batch stays empty, not even where half of the requests become a profile.
 
     Raises:
       UsageError: The workload is not known.
@@ -50,10 +52,23 @@ def open_routing(workload: str, seed: int) -> "Trace":
 
     return make_trace(
         WORKLOADS[check_workload(workload)],
-        num_requests=_NUM_REQUESTS,
+        num_requests=batch_size * max(2, -(-_NUM_REQUESTS // batch_size)),
         tokens_per_request=_TOKENS_PER_REQUEST,
         seed=seed,
     )
+
+
+def check_batch(trace: "Trace", batch_size: int) -> None:
+    """Refuses a batch with places that no request of the trace would ever take.
+
+    Raises:
+      UsageError: There are fewer requests than places.
+    """
+    if trace.num_requests < batch_size:
+        raise UsageError(
+            f"the trace has {trace.num_requests} request(s), too few for a batch of {batch_size}",
+            f"Use --batch-size {trace.num_requests} or less, or record more requests.",
+        )
 
 
 def check_workload(name: str) -> str:

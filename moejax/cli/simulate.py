@@ -20,7 +20,7 @@ from ._options import (
 )
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
-from ._routing import check_lookahead, open_routing, recorded_trace, workload_of
+from ._routing import check_batch, check_lookahead, open_routing, recorded_trace, workload_of
 
 if TYPE_CHECKING:
     from moejax.cards import ModelSpec
@@ -129,7 +129,8 @@ def simulate(
             f"--reset-per-request has no meaning in a batch of {batch_size}", "Use --batch-size 1."
         )
     recorded = recorded_trace(trace, workload, model)
-    routing = recorded or open_routing(workload or _own_workload(model, offline), seed)
+    routing = recorded or open_routing(workload or _own_workload(model, offline), seed, batch_size)
+    check_batch(routing, batch_size)
     learned = _learn(names, routing, profile)
     # A model that was named must be the one that is replayed, even where nothing asks its sizes.
     needs_model = bool(hardware) or (bool(capacity) and routing.expert_bytes is None)

@@ -23,7 +23,7 @@ from ._options import (
 )
 from ._output import OutputFormat, emit
 from ._progress import say
-from ._routing import model_name, open_routing, recorded_trace, workload_of
+from ._routing import check_batch, model_name, open_routing, recorded_trace, workload_of
 from ._tuning import DEFAULT_HOST, DEFAULT_PINNED, make_devices_plan, make_plan
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def tune_cache(
     recorded = recorded_trace(trace, workload, model)
     spec = load_model(model_name(model, recorded, workload), offline=offline)
     profile = load_hardware(hardware)
-    routing = recorded or open_routing(workload or workload_of(spec), seed)
+    routing = recorded or open_routing(workload or workload_of(spec), seed, batch_size)
+    check_batch(routing, batch_size)
     origin = {
         "batch_size": batch_size,
         "context_tokens": context_tokens,

@@ -1,7 +1,6 @@
 """What may be asked of an engine; everything is refused before the first token is computed."""
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
 
 import numpy as np
 from jaxtyping import Int32
@@ -9,13 +8,12 @@ from jaxtyping import Int32
 from moejax.errors import UsageError
 from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import Lookahead, QwenMoeConfig
+from moejax.strategies import Strategy
 
 from ._programs import ProgramSettings, cache_bucket, prompt_bucket
 from ._sampling import Sampling
 
 _MAX_SEED = 2**32 - 1
-
-_Of = TypeVar("_Of")
 
 
 def check_generation(
@@ -95,21 +93,7 @@ def check_recording(config: QwenMoeConfig, lookahead: Lookahead | None) -> None:
         )
 
 
-def make_plans(
-    config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan | Sequence[SlotPlan]
-) -> tuple[SlotPlan, ...]:
-    """A plan for each device.
-
-    Raises:
-      UsageError: Experts or slots are not of the model, or there is no plan for a device.
-    """
-    plans = one_each(plan, SlotPlan, store.team.num_devices)
-    for each in plans:
-        _check_fit(config, store, each)
-    return plans
-
-
-def _check_fit(config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan) -> None:
+def check_fit(config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan) -> None:
     """Refuses experts or slots that are not of a model.
 
     Raises:
@@ -132,20 +116,20 @@ def _check_fit(config: QwenMoeConfig, store: ExpertStore, plan: SlotPlan) -> Non
         )
 
 
-def one_each(given: _Of | Sequence[_Of], kind: type[_Of], num_devices: int) -> tuple[_Of, ...]:
-    """What was given for all devices or for each, as one for each.
+def one_each(strategy: Strategy | Sequence[Strategy], num_devices: int) -> tuple[Strategy, ...]:
+    """Strategies given for all devices or for each, as one for each.
 
     Raises:
       UsageError: There are more or fewer than devices.
     """
-    is_for_all = isinstance(given, kind)
-    each = (given,) * num_devices if is_for_all else tuple(cast("Sequence[_Of]", given))
-    if len(each) != num_devices:
+    if isinstance(strategy, Strategy):
+        return (strategy,) * num_devices
+    if len(strategy) != num_devices:
         raise UsageError(
-            f"{len(each)} of {kind.__name__} were given for {num_devices} device(s)",
+            f"{len(strategy)} strategies were given for {num_devices} device(s)",
             "Give one for all devices, or one for each.",
         )
-    return each
+    return tuple(strategy)
 
 
 def _check_prompt(

@@ -97,7 +97,7 @@ def make_sizes(
 def empty_cache(
     sizes: Sizes,
     layout: ExpertLayout,
-    plans: Sequence[SlotPlan],
+    plan: SlotPlan,
     strategies: Sequence[Strategy],
     dtype: DTypeLike,
     *,
@@ -109,17 +109,17 @@ def empty_cache(
     Args:
       sizes: What programs are compiled for.
       layout: One packed layer.
-      plans: How many slots are in use, one for each device.
+      plan: How many slots of a device are in use.
       strategies: What scores, one for each device.
       dtype: Type of the weights.
       num_allocated: How many slots of a device there are; no more than are in use by default.
       team: The devices.
     """
     # A step always reads a slot, even if it has no use for what lies there.
-    num_allocated = max(num_allocated or 0, *[plan.num_slots for plan in plans], 1)
+    num_allocated = max(1, num_allocated or plan.num_slots)
     tables = [
         _empty_tables(sizes, plan, strategy, num_allocated, device)
-        for device, (plan, strategy) in enumerate(zip(plans, strategies, strict=True))
+        for device, strategy in enumerate(strategies)
     ]
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *tables)
     shape = (team.num_devices * num_allocated, layout.num_rows, layout.hidden)

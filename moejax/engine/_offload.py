@@ -18,7 +18,7 @@ from moejax.offload import ExpertStore, SlotPlan
 from moejax.qwen_moe import KVCache, Lookahead, QwenMoe, QwenMoeConfig, empty_cache
 from moejax.strategies import CacheShape, Strategy, check_pool
 
-from ._check import check_generation, make_plans, one_each
+from ._check import check_fit, check_generation, one_each
 from ._decode import make_program, make_step, program_specs
 from ._dense_model import DenseModel, choose_kernels, spread_model
 from ._event import COUNTS, ReplayTable
@@ -59,8 +59,7 @@ class OffloadEngine:
         Kernels stack its weights; `prepare_model` does it once for several engines and leaves
         no second copy.
       store: Those experts, and the devices that share them.
-      plan: How many of them the device holds; of several devices one for each, or the same for
-        all.
+      plan: How many of them the device holds; each of several as many.
       strategy: Which of them; of several devices one for each, or the same for all.
       kernels: One of `KERNELS`.
       layers_per_copy: In the shadow of how many layers one expert is copied, where the strategy
@@ -74,7 +73,7 @@ class OffloadEngine:
         self,
         model: QwenMoe | DenseModel,
         store: ExpertStore,
-        plan: SlotPlan | Sequence[SlotPlan],
+        plan: SlotPlan,
         strategy: Strategy | Sequence[Strategy],
         *,
         kernels: str = "auto",
@@ -82,28 +81,28 @@ class OffloadEngine:
     ):
         self.config: QwenMoeConfig = model.config
         self.kernels = choose_kernels(kernels, model)
-        self.plans = make_plans(self.config, store, plan)
-        self._num_allocated = max(each.num_slots for each in self.plans)
-        self.num_compiles, scope = {"decode": 0}, self.plans[0].scope
+        self.plan, self._num_allocated = plan, plan.num_slots
+        self.num_compiles = {"decode": 0}
+        check_fit(model.config, store, plan)
         self._store, self._team = store, store.team
-        self._strategies = one_each(strategy, Strategy, self._team.num_devices)
+        self._strategies = one_each(strategy, self._team.num_devices)
         # The program is one; what distinguishes the devices' strategies is in their states.
         strategy = self._strategy = self._strategies[0]
-        if scope == "pool":
+        if plan.scope == "pool":
             check_pool(strategy.keeps_layers_apart)
         shape = CacheShape(
             len(self.config.moe_layers), self.config.num_experts, self.config.num_experts_per_tok, 1
         )
         self.schedule = schedule(store.layout.num_rows, layers_per_copy)
         self.sizes = make_sizes(
-            shape, store.layout, scope, strategy, self.schedule, self._team.num_devices
+            shape, store.layout, plan.scope, strategy, self.schedule, self._team.num_devices
         )
         if isinstance(model, QwenMoe) and self.kernels != "xla":
             model = DenseModel(model.config, pack_dense(model))
         model = spread_model(model, self._team)
         self._prefill = StreamedPrefill(model, store.layers, team=self._team)
         # What reads the future has none here, and a pool's layers compete for the same slots.
-        is_warm = scope == "layer" and self._num_allocated > 0 and not strategy.reads_future
+        is_warm = plan.scope == "layer" and plan.num_slots > 0 and not strategy.reads_future
         self._warm_up = WarmUp(strategy, self.sizes, self._team) if is_warm else None
         self._graph: Any = None
         if isinstance(model, DenseModel):
@@ -121,22 +120,21 @@ class OffloadEngine:
         slots = self._num_allocated * self._store.layout.expert_bytes
         return {"dense": sum(dense.values()), "slots": slots}
 
-    def with_plan(self, plan: SlotPlan | Sequence[SlotPlan]) -> "OffloadEngine":
+    def with_plan(self, plan: SlotPlan) -> "OffloadEngine":
         """The same programs with another plan, which may leave slots unused; nothing is compiled.
 
         Raises:
           UsageError: The plan is of another scope or model, or needs more slots than there are.
         """
-        plans = make_plans(self.config, self._store, plan)
-        for each in plans:
-            if each.scope != self.sizes.scope or each.num_slots > self._num_allocated:
-                raise UsageError(
-                    f"a plan of {each.num_slots} slots ({each.scope}) does not fit into "
-                    f"{self._num_allocated} ({self.sizes.scope})",
-                    "Make an engine of this plan.",
-                )
+        check_fit(self.config, self._store, plan)
+        if plan.scope != self.plan.scope or plan.num_slots > self._num_allocated:
+            raise UsageError(
+                f"a plan of {plan.num_slots} slots ({plan.scope}) does not fit into "
+                f"{self._num_allocated} ({self.plan.scope})",
+                "Make an engine of this plan.",
+            )
         other = copy.copy(self)
-        other.plans = plans
+        other.plan = plan
         return other
 
     def generate(
@@ -377,7 +375,7 @@ class OffloadEngine:
         return empty_expert_cache(
             self.sizes,
             self._store.layout,
-            self.plans,
+            self.plan,
             self._strategies,
             self._dtype,
             num_allocated=self._num_allocated,

@@ -127,7 +127,7 @@ def check_counts_of_shares(engine, batch_size, experts, steps, *, said=None):
         heard = None if said is None else share.lookahead[:, :, :, None]
         lane = replay(own, share.num_experts, lookahead=heard)
         counts = of_devices[:, device][:, None][None]
-        check_counts(engine, engine._strategies[device], lane, [engine.plans[device]], counts)
+        check_counts(engine, engine._strategies[device], lane, [engine.plan], counts)
 
 
 def make_engine(strategy, num_devices, *, kernels="xla"):

@@ -46,5 +46,5 @@ def test_more_devices_than_there_are_are_refused_with_the_cure():
 def test_one_strategy_or_one_for_each():
     model, store = take_apart(WITH_A_GAP)
     plan = _on_devices.SlotPlan("layer", (2, 2, 2))
-    with pytest.raises(UsageError, match="2 of Strategy were given for 1 device"):
+    with pytest.raises(UsageError, match="2 strategies were given for 1 device"):
         OffloadEngine(model, store, plan, [lru(), lru()], kernels="xla")

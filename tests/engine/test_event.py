@@ -39,7 +39,7 @@ WHOLE = LAYOUT.num_rows
 def make_tables() -> tuple[Sizes, Tables]:
     shape = CacheShape(NUM_LAYERS, NUM_EXPERTS, TOPK, 1)
     sizes = make_sizes(shape, LAYOUT, PLAN.scope, STRATEGY, schedule(WHOLE, 3))
-    return sizes, empty_cache(sizes, LAYOUT, [PLAN], [STRATEGY], jnp.float32).tables
+    return sizes, empty_cache(sizes, LAYOUT, PLAN, [STRATEGY], jnp.float32).tables
 
 
 def ask(sizes: Sizes, tables: Tables, event: int, demanded: list[int], job_is_valid: bool = True):

@@ -149,7 +149,7 @@ def make_case(name, plan, batch_size, *, layers, experts, topk, is_normalized=Fa
     layout = ExpertLayout(experts, 4, 32, "float32")
     shape = CacheShape(layers, experts, topk, 1)
     sizes = make_sizes(shape, layout, plan.scope, strategy, schedule(layout.num_rows, 3))
-    cache = empty_cache(sizes, layout, [plan], [strategy], jnp.float32)
+    cache = empty_cache(sizes, layout, plan, [strategy], jnp.float32)
     flags = booleans(strategy, sizes)
     return Case(Router(strategy, sizes, flags, batch_size, is_normalized), cache.tables)
 
