@@ -114,8 +114,13 @@ def run_grid(
 
 def draw_runs(requests: Requests, settings: GridSettings) -> list[Trace]:
     """The requests of every run, enough for its largest batch."""
-    places, steps = max(settings.batch_sizes), total_steps(settings)
-    draw = functools.partial(draw_run, requests, num_places=places, num_steps=steps)
+    draw = functools.partial(
+        draw_run,
+        requests,
+        num_places=max(settings.batch_sizes),
+        num_steps=total_steps(settings),
+        with_lookahead=any(STRATEGIES[name].needs_lookahead for name in settings.strategies),
+    )
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(draw, range(settings.num_runs)))
 
