@@ -14,7 +14,15 @@ from jaxtyping import Int
 from moejax.bench._requests import Requests, batch_lookahead, draw_run
 from moejax.cards import Hardware, ModelSpec
 from moejax.cost import LayerClock, layer_clock
-from moejax.simulate import Record, Replay, replay, spread_over, step_means, timeline
+from moejax.simulate import (
+    TIMELINE_OPTIONS,
+    Record,
+    Replay,
+    replay,
+    spread_over,
+    step_means,
+    timeline,
+)
 from moejax.strategies import STRATEGIES, Profile, Strategy, within_reach
 from moejax.trace import Trace, batch_trace
 
@@ -193,7 +201,7 @@ def _compile_lanes(strategy: Strategy, topk: int, limits_depth: bool, shapes: tu
         limited = within_reach(strategy, depth) if limits_depth else strategy
         return timeline(limited, lane, clock, capacity, key, topk=topk)
 
-    return run.lower(*shapes).compile()
+    return run.lower(*shapes).compile(dict(TIMELINE_OPTIONS))
 
 
 def summarise(

@@ -21,5 +21,6 @@ from moejax.simulate._sweep import by_target as by_target
 from moejax.simulate._sweep import step_means as step_means
 from moejax.simulate._sweep import sweep as sweep
 from moejax.simulate._sweep import sweep_pool as sweep_pool
+from moejax.simulate._timeline import TIMELINE_OPTIONS as TIMELINE_OPTIONS
 from moejax.simulate._timeline import Record as Record
 from moejax.simulate._timeline import timeline as timeline

@@ -16,6 +16,8 @@ a late one waits for the rows that are missing, and what was copied beside layer
 of its copy that they do not hide, at the event before which it landed.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -35,6 +37,12 @@ from moejax.simulate._prefetch import (
 )
 from moejax.simulate._replay import MAX_DEPTH, Replay, access_at, cache_shape, moments
 from moejax.strategies import Access, CacheShape, Decision, Strategy, keep_best
+
+TIMELINE_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
+)
+"""Options for whoever compiles a timeline. On a CPU XLA makes windows of every reduction over more
+than 32 numbers, which take it many times as long; a layer has more experts than that."""
 
 
 class Record(NamedTuple):
