@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax._types import PRNGKey
 from moejax.cost import LayerClock, expert_compute_s
+from moejax.simulate._layer_states import Parts, joined, layer_of, part, with_layer
 from moejax.simulate._prefetch import (
     Cache,
     PrefetchSchedule,
@@ -126,17 +127,23 @@ def timeline(
             carry = jax.tree.map(lambda old, new: jnp.where(renew, new, old), carry, start)
         states, cache = carry
 
-        def one_layer(cache, mine):
-            layer, state = mine
+        def one_layer(carry, row):
+            tables, cache = carry
+            layer, state = row
+            table = layer_of(tables, layer)
             access = access_at(moment, layer, shape, cache.resident, capacity)
-            state, decision = strategy.step(state, access, jax.random.fold_in(key, access.event))
+            state, decision = strategy.step(
+                joined(Parts(table, state)), access, jax.random.fold_in(key, access.event)
+            )
             cache, record = _serve(
                 cache, access, decision, clock, shape, strategy.computes_on_host, schedule
             )
-            return cache, (state, record)
+            after = part(state, shape)
+            return (with_layer(tables, layer, table, after.tables), cache), (after.rows, record)
 
-        # States go in and come out layer by layer: carried, they would be copied at every event.
-        cache, (states, record) = jax.lax.scan(one_layer, cache, (layers, states))
+        tables, rows = part(states, shape, num_layers=shape.num_layers)
+        (tables, cache), (rows, record) = jax.lax.scan(one_layer, (tables, cache), (layers, rows))
+        states = joined(Parts(tables, rows))
         return (states, cache), record
 
     _, record = jax.lax.scan(one_step, start, (moments(replay), is_reset))
