@@ -58,9 +58,13 @@ def make_trace(
         route(seed, request, tokens_per_request, with_lookahead=with_lookahead)
         for request in range(num_requests)
     ]
-    experts, weights, lookahead, token_ids = (
-        None if part[0] is None else np.concatenate(part) for part in zip(*requests, strict=True)
+    experts, weights, token_ids = (
+        np.concatenate(part)
+        for part in zip(
+            *((r.experts, r.routing_weights, r.token_ids) for r in requests), strict=True
+        )
     )
+    said = [request.lookahead for request in requests if request.lookahead is not None]
     return Trace(
         experts=experts,
         num_experts=workload.num_experts,
@@ -68,7 +72,7 @@ def make_trace(
         phase=np.ones(len(experts), np.uint8),
         routing_weights=weights,
         token_ids=token_ids if token_ids[0] >= 0 else None,
-        lookahead=lookahead,
+        lookahead=np.concatenate(said) if said else None,
         model=workload.model,
         source=_describe(workload, seed),
         licence="Apache-2.0",
