@@ -8,7 +8,8 @@ took and what its records hash to; the records of all must be the same to the la
 
 `experiment_s` is `run_grid`: drawing the requests of all runs, then each strategy. `process_s` is
 the whole life of a process: Python, imports, the profile and what is learned from it as well. All
-samples are kept; medians and the fastest stand beside them.
+samples are kept; medians and the fastest stand beside them. `_cpu_s` are seconds of processor time,
+which another program on the same cores changes little.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def run_once(num_runs: int, num_steps: int) -> Sample:
     )
     requests = open_requests(None, "qwen1.5-moe", model, SEED)
     profile = learn(requests)
-    prepared_s = time.perf_counter()
+    prepared_s, prepared_cpu_s = time.perf_counter(), time.process_time()
     ends_s: dict[str, float] = {}
     records = run_grid(
         settings,
@@ -82,7 +83,7 @@ def run_once(num_runs: int, num_steps: int) -> Sample:
         profile,
         progress=lambda done, total, label: ends_s.update({label: time.perf_counter()}),
     )
-    ended_s = time.perf_counter()
+    ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
     starts_s = [prepared_s, *ends_s.values()]
     return {
         "num_points": len(records),
@@ -90,6 +91,7 @@ def run_once(num_runs: int, num_steps: int) -> Sample:
         "import_s": imported_s - start_s,
         "prepare_s": prepared_s - imported_s,
         "experiment_s": ended_s - prepared_s,
+        "experiment_cpu_s": ended_cpu_s - prepared_cpu_s,
         "parts_s": {
             label: end_s - begin_s
             for (label, end_s), begin_s in zip(ends_s.items(), starts_s, strict=False)
@@ -105,12 +107,13 @@ def measure(num_samples: int, num_runs: int, num_steps: int) -> dict[str, Any]:
         cold, *warm = [
             run_process(Path(folder), num_runs, num_steps) for _ in range(1 + num_samples)
         ]
+    hashes = {one["records_sha256"] for one in (cold, *warm)}
     return {
         "schema": SCHEMA,
         "environment": to_plain(capture_environment(SEED)),
         "num_points": cold["num_points"],
         "records_sha256": cold["records_sha256"],
-        "records_equal": all(one["records_sha256"] == cold["records_sha256"] for one in warm),
+        "records_equal": len(hashes) == 1,
         "cold": cold,
         "warm": summarise(warm),
         "warm_samples": warm,
