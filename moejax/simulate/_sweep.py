@@ -67,6 +67,16 @@ def sweep(
     return records
 
 
+def check_pool_strategies(names: Sequence[str]) -> None:
+    """Refuses by its name the first strategy that cannot serve a pool.
+
+    Raises:
+      UsageError: There is one.
+    """
+    for name in names:
+        check_pool(STRATEGIES[name].keeps_layers_apart, name)
+
+
 def sweep_pool(
     strategies: Sequence[str],
     lane: Replay,
@@ -84,8 +94,7 @@ def sweep_pool(
     Raises:
       UsageError: One of the strategies cannot serve a pool.
     """
-    for name in strategies:
-        check_pool(STRATEGIES[name].keeps_layers_apart, name)
+    check_pool_strategies(strategies)
     records = []
     for done, name in enumerate(strategies):
         strategy = STRATEGIES[name].make(profile)
