@@ -1,7 +1,7 @@
 """A strategy's states while one layer after another is served by a scan.
 
 Small leaves go through the scan as its rows. Tables of pairs of experts are carried, and one layer
-of them changed in place. On a CPU tables as rows take half again the time, since XLA copies and
+of them changed in place. On a CPU tables as rows take two thirds more time, since XLA copies and
 transposes them at every step; small leaves that are carried take a fifth more, since it copies
 those at every event.
 """
