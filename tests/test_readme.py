@@ -225,6 +225,8 @@ def test_figures_of_the_simulator_are_those_of_its_runs():
         f"{sweep['ratio_one_core']:.1f} times less than five policies",
         f"{sweep['ratio_two_processes']:.1f} times less than in two processes",
         f"{rate / 1e9:.1f} G request-capacities a second",
+        f"{results['experiment']['num_points']} points of the timeline, takes "
+        f"{results['experiment']['warm']['experiment_s']['median']:.2f} s on two",
     )
     assert not [part for part in shown if part not in words]
 

@@ -29,7 +29,12 @@ def hit_curves(
     """
     num_tokens = _NUM_SAMPLES * _SAMPLE_TOKENS
     trace = draw_run(
-        requests, 0, num_places=1, num_steps=num_tokens, tokens_per_request=_SAMPLE_TOKENS
+        requests,
+        0,
+        num_places=1,
+        num_steps=num_tokens,
+        tokens_per_request=_SAMPLE_TOKENS,
+        with_lookahead=False,
     )
     experts = np.asarray(trace.experts[:num_tokens])
     is_reset = np.zeros(len(experts), bool)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, Int32, Shaped, UInt
 from moejax.cost import LayerClock
 from moejax.engine import COUNTS
 from moejax.offload import SlotPlan
-from moejax.simulate import PrefetchSchedule, Replay, replay, timeline
+from moejax.simulate import TIMELINE_OPTIONS, PrefetchSchedule, Replay, replay, timeline
 from moejax.simulate._replay import access_at, cache_shape, moments
 from moejax.strategies import Strategy, keep_best
 
@@ -88,7 +88,11 @@ def _layer_columns(
     }
 
 
-@functools.partial(jax.jit, static_argnames=("strategy", "topk", "schedule"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("strategy", "topk", "schedule"),
+    compiler_options=dict(TIMELINE_OPTIONS),
+)
 def run_timeline(strategy, lane, clock, capacity, topk, schedule):
     """The timeline of one lane, compiled once for a strategy object and a shape."""
     return timeline(

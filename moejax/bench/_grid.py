@@ -1,7 +1,7 @@
 """The experiment: strategies x batch sizes x runs on the timeline."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,16 @@ from jaxtyping import Int
 from moejax.bench._requests import Requests, batch_lookahead, draw_run
 from moejax.cards import Hardware, ModelSpec
 from moejax.cost import LayerClock, layer_clock
-from moejax.simulate import Record, Replay, apart, replay, spread_over, step_means, timeline
+from moejax.simulate import (
+    TIMELINE_OPTIONS,
+    Record,
+    Replay,
+    apart,
+    replay,
+    spread_over,
+    step_means,
+    timeline,
+)
 from moejax.strategies import STRATEGIES, Profile, Strategy, within_reach
 from moejax.trace import Trace, batch_trace
 
@@ -25,6 +34,7 @@ MAX_LANES = 64
 _NUM_THREADS = 2
 
 Progress = Callable[[int, int, str], None]
+Simulation = Callable[[], list[Record]]
 
 
 @dataclass(frozen=True)
@@ -73,32 +83,37 @@ def run_grid(
     Returns:
       Records in the order strategy, batch size, run, batched before sequential.
     """
-    draws = draw_runs(requests, settings)
     records: dict[tuple, dict[str, Any]] = {}
     # Lanes of one length go together: all batch sizes when batched, each by itself in sequence.
     groups = [("batched", settings.batch_sizes)] if "batched" in settings.dispatches else []
     if "sequential" in settings.dispatches:
         groups += [("sequential", (size,)) for size in settings.batch_sizes]
     num_done, num_all = 0, len(settings.strategies) * len(groups)
+    draws = draw_runs(requests, settings)
+    if progress is not None:
+        progress(num_done, num_all, "requests")
     for dispatch, sizes in groups:
         points = [(size, run) for size in sizes for run in range(settings.num_runs)]
         lanes = [make_lane(draws[run], size, dispatch, settings) for size, run in points]
-        clocks = [
-            make_clock(hardware, model, draws[0], size, dispatch, settings) for size, _ in points
-        ]
-        for name in settings.strategies:
-            strategy = STRATEGIES[name].make(profile)
-            results = simulate_lanes(
-                strategy,
-                [without_unread(lane, name) for lane in lanes],
-                clocks,
-                np.asarray([settings.slots] * len(points), np.int32),
-                seeds=[settings.seed + run for _, run in points],
-                topk=draws[0].topk,
-                num_devices=num_devices,
-            )
-            for (size, run), clock, result in zip(points, clocks, results, strict=True):
-                record = summarise(result, clock, settings, batch_size=size, dispatch=dispatch)
+        clock_of = {
+            size: make_clock(hardware, model, draws[0], size, dispatch, settings) for size in sizes
+        }
+
+        prepare = functools.partial(
+            _prepare,
+            profile=profile,
+            lanes=lanes,
+            clocks=[clock_of[size] for size, _ in points],
+            capacities=np.asarray([settings.slots] * len(points), np.int32),
+            seeds=[settings.seed + run for _, run in points],
+            topk=draws[0].topk,
+            num_devices=num_devices,
+        )
+        for name, simulate in _one_ahead(prepare, settings.strategies):
+            for (size, run), result in zip(points, simulate(), strict=True):
+                record = summarise(
+                    result, clock_of[size], settings, batch_size=size, dispatch=dispatch
+                )
                 head = {"strategy": name, "batch_size": size, "run": run, "dispatch": dispatch}
                 records[name, size, run, dispatch] = head | record
             num_done += 1
@@ -113,10 +128,33 @@ def run_grid(
     ]
 
 
+def _prepare(name: str, *, profile: Profile, lanes: Sequence[Replay], **points: Any) -> Simulation:
+    strategy = STRATEGIES[name].make(profile)
+    return prepare_lanes(strategy, [without_unread(lane, name) for lane in lanes], **points)
+
+
+def _one_ahead(
+    prepare: Callable[[str], Simulation], names: Sequence[str]
+) -> Iterator[tuple[str, Simulation]]:
+    """What is prepared of each name, while the next one is being prepared."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(prepare, names[0])
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            ready = coming.result()
+            if following is not None:
+                coming = pool.submit(prepare, following)
+            yield name, ready
+
+
 def draw_runs(requests: Requests, settings: GridSettings) -> list[Trace]:
     """The requests of every run, enough for its largest batch."""
-    places, steps = max(settings.batch_sizes), total_steps(settings)
-    draw = functools.partial(draw_run, requests, num_places=places, num_steps=steps)
+    draw = functools.partial(
+        draw_run,
+        requests,
+        num_places=max(settings.batch_sizes),
+        num_steps=total_steps(settings),
+        with_lookahead=any(STRATEGIES[name].needs_lookahead for name in settings.strategies),
+    )
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(draw, range(settings.num_runs)))
 
@@ -134,6 +172,39 @@ def simulate_lanes(
 ) -> list[Record]:
     """Replays many lanes of equal length on the timeline, compiled once.
 
+    Takes what `prepare_lanes` takes.
+
+    Returns:
+      One record a lane, as numpy arrays.
+
+    Raises:
+      UsageError: There are not so many devices.
+    """
+    return prepare_lanes(
+        strategy,
+        lanes,
+        clocks,
+        capacities,
+        seeds=seeds,
+        topk=topk,
+        depths=depths,
+        num_devices=num_devices,
+    )()
+
+
+def prepare_lanes(
+    strategy: Strategy,
+    lanes: Sequence[Replay],
+    clocks: Sequence[LayerClock],
+    capacities: Int[np.ndarray, "lanes layers"],
+    *,
+    seeds: Sequence[int],
+    topk: int,
+    depths: Sequence[int] | None = None,
+    num_devices: int = 1,
+) -> Simulation:
+    """Compiles what replays many lanes of equal length on the timeline.
+
     Args:
       strategy: What scores.
       lanes: Routing of each lane.
@@ -145,7 +216,7 @@ def simulate_lanes(
       num_devices: Devices that share the lanes; no number depends on it.
 
     Returns:
-      One record a lane, as numpy arrays.
+      A function that replays them: one record a lane, as numpy arrays.
 
     Raises:
       UsageError: There are not so many devices.
@@ -169,14 +240,17 @@ def simulate_lanes(
     )
     compiled = _compile_lanes(strategy, topk, depths is not None, shapes, num_devices)
 
-    def simulate(start: int) -> list[Record]:
+    def group(start: int) -> list[Record]:
         record = jax.device_get(compiled(*arguments(start)))
         here = min(width, len(lanes) - start)
         return [jax.tree.map(lambda leaf, i=i: leaf[i], record) for i in range(here)]
 
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        groups = pool.map(simulate, range(0, len(lanes), width))
-        return [record for group in groups for record in group]
+    def simulate() -> list[Record]:
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            groups = pool.map(group, range(0, len(lanes), width))
+            return [record for records in groups for record in records]
+
+    return simulate
 
 
 @functools.lru_cache(maxsize=32)
@@ -192,7 +266,7 @@ def _compile_lanes(
         limited = within_reach(strategy, depth) if limits_depth else strategy
         return timeline(limited, lane, clock, capacity, key, topk=topk)
 
-    return run.lower(*shapes).compile()
+    return run.lower(*shapes).compile(dict(TIMELINE_OPTIONS))
 
 
 def summarise(

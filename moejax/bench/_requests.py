@@ -52,6 +52,7 @@ def open_requests(trace: Trace | None, workload: str, model: ModelSpec, seed: in
         num_requests=_PROFILE_REQUESTS,
         tokens_per_request=_TOKENS_PER_REQUEST,
         seed=(seed + _PROFILE_SEED_OFFSET) % 2**32,
+        with_lookahead=False,
     )
     check_shape(profile, model)
     return Requests(profile, None, workload, seed)
@@ -91,6 +92,7 @@ def draw_run(
     num_places: int,
     num_steps: int,
     tokens_per_request: int = _TOKENS_PER_REQUEST,
+    with_lookahead: bool = True,
 ) -> Trace:
     """The requests of one run, enough to keep every place of a batch busy.
 
@@ -101,6 +103,8 @@ def draw_run(
       num_steps: Steps for which no place may be empty.
       tokens_per_request: Length of synthetic requests; recorded ones have their own. A recording
         that is too short is drawn from again.
+      with_lookahead: Whether synthetic requests say what later gates would choose, which costs
+        most of a draw; recorded ones say what was recorded.
     """
     if requests.test is None:
         assert requests.workload is not None
@@ -109,6 +113,7 @@ def draw_run(
             num_requests=num_places * -(-num_steps // tokens_per_request),
             tokens_per_request=tokens_per_request,
             seed=(requests.seed + run) % 2**32,
+            with_lookahead=with_lookahead,
         )
     length = np.diff(requests.test.request_start)
     # However requests fall to places, none runs dry before so many tokens have been handed out.

@@ -127,7 +127,13 @@ def run_shard(
       UsageError: There are not so many devices.
     """
     draws = [
-        draw_run(requests, seed, num_places=shard.batch_size, num_steps=settings.num_steps)
+        draw_run(
+            requests,
+            seed,
+            num_places=shard.batch_size,
+            num_steps=settings.num_steps,
+            with_lookahead=False,
+        )
         for seed in shard.seeds
     ]
     experts = [batch_trace(draw, shard.batch_size, num_steps=settings.num_steps) for draw in draws]

@@ -106,16 +106,15 @@ def simulate(
 
     Example: moejax simulate --trace gpt-oss.safetensors --strategy lru,oracle --slots 4,8,16
     """
-    from moejax.simulate import replay, sweep, sweep_pool
-    from moejax.strategies import STRATEGIES, check_pool
+    from moejax.simulate import check_pool_strategies, replay, sweep, sweep_pool
+    from moejax.strategies import STRATEGIES
     from moejax.trace import batch_trace
 
     names = parse_names(strategy, "--strategy", tuple(STRATEGIES))
     if slots and capacity:
         raise UsageError("--slots and --capacity exclude each other", "Give one of them.")
     if scope is Scope.pool:
-        for name in names:
-            check_pool(STRATEGIES[name].keeps_layers_apart, name)
+        check_pool_strategies(names)
     if scope is Scope.pool and hardware:
         raise UsageError(
             "--hardware times caches of each layer, not a pool", "Use --scope layer with it."

@@ -112,8 +112,6 @@ def tune_cache(
         "context_tokens": context_tokens,
         "workload": routing.workload,
         "trace": str(trace) if trace is not None else None,
-        "batch_size": batch_size,
-        "context_tokens": context_tokens,
     }
     if devices > 1:
         if objective != "latency":

@@ -19,8 +19,10 @@ from moejax.simulate._replay import MAX_DEPTH as MAX_DEPTH
 from moejax.simulate._replay import Replay as Replay
 from moejax.simulate._replay import replay as replay
 from moejax.simulate._sweep import by_target as by_target
+from moejax.simulate._sweep import check_pool_strategies as check_pool_strategies
 from moejax.simulate._sweep import step_means as step_means
 from moejax.simulate._sweep import sweep as sweep
 from moejax.simulate._sweep import sweep_pool as sweep_pool
+from moejax.simulate._timeline import TIMELINE_OPTIONS as TIMELINE_OPTIONS
 from moejax.simulate._timeline import Record as Record
 from moejax.simulate._timeline import timeline as timeline

@@ -12,7 +12,7 @@ from moejax.cost import LayerClock
 from moejax.simulate._pool import pool
 from moejax.simulate._ranks import Counts, Marks, ranks
 from moejax.simulate._replay import Replay
-from moejax.simulate._timeline import Record, timeline
+from moejax.simulate._timeline import TIMELINE_OPTIONS, Record, timeline
 from moejax.strategies import STRATEGIES, Profile, Strategy, always_admit, check_pool
 
 Progress = Callable[[int, int, str], None]
@@ -67,6 +67,16 @@ def sweep(
     return records
 
 
+def check_pool_strategies(names: Sequence[str]) -> None:
+    """Refuses by its name the first strategy that cannot serve a pool.
+
+    Raises:
+      UsageError: There is one.
+    """
+    for name in names:
+        check_pool(STRATEGIES[name].keeps_layers_apart, name)
+
+
 def sweep_pool(
     strategies: Sequence[str],
     lane: Replay,
@@ -84,8 +94,7 @@ def sweep_pool(
     Raises:
       UsageError: One of the strategies cannot serve a pool.
     """
-    for name in strategies:
-        check_pool(STRATEGIES[name].keeps_layers_apart, name)
+    check_pool_strategies(strategies)
     records = []
     for done, name in enumerate(strategies):
         strategy = STRATEGIES[name].make(profile)
@@ -123,7 +132,9 @@ def _timed(
     def one(lane, clock, capacity, key):
         return timeline(strategy, lane, clock, capacity, key, topk=topk, is_reset=is_reset)
 
-    mapped = jax.jit(jax.vmap(one, in_axes=(None, None, 0, None)))
+    mapped = jax.jit(
+        jax.vmap(one, in_axes=(None, None, 0, None)), compiler_options=dict(TIMELINE_OPTIONS)
+    )
     lane = jax.tree.map(jnp.asarray, lane)
     record = jax.device_get(mapped(lane, clock, jnp.asarray(capacities), key))
     lanes = (

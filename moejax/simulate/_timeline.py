@@ -16,6 +16,8 @@ a late one waits for the rows that are missing, and what was copied beside layer
 of its copy that they do not hide, at the event before which it landed.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax._types import PRNGKey
 from moejax.cost import LayerClock, expert_compute_s
+from moejax.simulate._layer_states import Parts, joined, layer_of, part, with_layer
 from moejax.simulate._prefetch import (
     Cache,
     PrefetchSchedule,
@@ -35,6 +38,12 @@ from moejax.simulate._prefetch import (
 )
 from moejax.simulate._replay import MAX_DEPTH, Replay, access_at, cache_shape, moments
 from moejax.strategies import Access, CacheShape, Decision, Strategy, keep_best
+
+TIMELINE_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
+)
+"""Options for whoever compiles a timeline. On a CPU XLA makes windows of every reduction over more
+than 32 numbers, which take it many times as long; a layer has more experts than that."""
 
 
 class Record(NamedTuple):
@@ -118,17 +127,23 @@ def timeline(
             carry = jax.tree.map(lambda old, new: jnp.where(renew, new, old), carry, start)
         states, cache = carry
 
-        def one_layer(cache, mine):
-            layer, state = mine
+        def one_layer(carry, row):
+            tables, cache = carry
+            layer, state = row
+            table = layer_of(tables, layer)
             access = access_at(moment, layer, shape, cache.resident, capacity)
-            state, decision = strategy.step(state, access, jax.random.fold_in(key, access.event))
+            state, decision = strategy.step(
+                joined(Parts(table, state)), access, jax.random.fold_in(key, access.event)
+            )
             cache, record = _serve(
                 cache, access, decision, clock, shape, strategy.computes_on_host, schedule
             )
-            return cache, (state, record)
+            after = part(state, shape)
+            return (with_layer(tables, layer, table, after.tables), cache), (after.rows, record)
 
-        # States go in and come out layer by layer: carried, they would be copied at every event.
-        cache, (states, record) = jax.lax.scan(one_layer, cache, (layers, states))
+        tables, rows = part(states, shape, num_layers=shape.num_layers)
+        (tables, cache), (rows, record) = jax.lax.scan(one_layer, (tables, cache), (layers, rows))
+        states = joined(Parts(tables, rows))
         return (states, cache), record
 
     _, record = jax.lax.scan(one_step, start, (moments(replay), is_reset))

@@ -146,18 +146,20 @@ class Strategy(NamedTuple):
         return self.reach > 0
 
 
-def check_pool(keeps_layers_apart: bool, name: str = "this strategy") -> None:
+def check_pool(keeps_layers_apart: bool, name: str | None = None) -> None:
     """Refuses a strategy whose scores order only the experts of one layer.
 
     Args:
       keeps_layers_apart: What the strategy says of itself.
-      name: What a user calls it.
+      name: What a user calls it; None where only the strategy is known.
 
     Raises:
-      UsageError: It cannot.
+      UsageError: It cannot serve a pool.
     """
     if keeps_layers_apart:
+        apart = "keeps each layer apart"
+        who = f"a strategy that {apart}" if name is None else f"{name} {apart} and"
         raise UsageError(
-            f"{name} keeps each layer apart, and a pool is shared by all layers",
+            f"{who} cannot serve a pool, which all layers share",
             "Use --scope layer, or a strategy such as lru.",
         )

@@ -1,7 +1,6 @@
 """A router driven by a hidden state with the memories of text: topic, phrase, token."""
 
 import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from moejax._types import Scalar
 from moejax.trace import expert_dtype
 
-from ._routing import LOOKAHEAD_DEPTH, Routing
+from ._routing import LOOKAHEAD_DEPTH, Router, Routing
 from ._workload import Workload
 
 _HIDDEN_SIZE = 16
@@ -56,22 +55,19 @@ class LatentModel(NamedTuple):
     embeddings: Float[np.ndarray, "types layers hidden"]
 
 
-def latent_router(workload: Workload) -> Callable[[int, int, int], Routing]:
+def latent_router(workload: Workload) -> Router:
     """A router whose logits are a random projection of an autoregressive hidden state.
 
     Each layer's hidden state is the one before, mixed with an innovation that has the same
     memories over tokens; so the time statistics of all layers agree and adjacent layers resemble
     each other.
-
-    Returns:
-      A function of (seed, request, num_tokens) that routes one request.
     """
     parameters = LatentParameters(**workload.parameters)
     model = _draw_model(workload, parameters)
     cumulative = np.cumsum((1.0 + np.arange(_NUM_TOKEN_TYPES)) ** -parameters.token_zipf)
     dtype = expert_dtype(workload.num_experts)
 
-    def route(seed: int, request: int, num_tokens: int) -> Routing:
+    def route(seed: int, request: int, num_tokens: int, *, with_lookahead: bool) -> Routing:
         random = np.random.default_rng((workload.model_seed, seed, request))
         token_ids = np.searchsorted(cumulative, cumulative[-1] * random.random(num_tokens))
         shape = (3, num_tokens, workload.num_layers, _HIDDEN_SIZE)
@@ -85,12 +81,13 @@ def latent_router(workload: Workload) -> Callable[[int, int, int], Routing]:
                 random.standard_normal(shape, np.float32),
                 model.embeddings[token_ids],
                 topk=workload.num_experts_per_tok,
+                with_lookahead=with_lookahead,
             )
         return Routing(
             np.asarray(experts).astype(dtype),
             np.asarray(weights).astype(np.float16),
             # -1 wraps to the largest value, which stands for "none".
-            np.asarray(lookahead).astype(dtype),
+            None if lookahead is None else np.asarray(lookahead).astype(dtype),
             token_ids.astype(np.int32),
         )
 
@@ -126,7 +123,7 @@ def _unit(rows: Float[np.ndarray, "*layers experts hidden"]) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnames="topk")
+@functools.partial(jax.jit, static_argnames=("topk", "with_lookahead"))
 def _route_request(
     parameters: LatentParameters,
     routers: Float[Array, "layers hidden experts"],
@@ -135,15 +132,27 @@ def _route_request(
     embedded: Float[Array, "tokens layers hidden"],
     *,
     topk: int,
+    with_lookahead: bool,
 ) -> tuple[
     Int[Array, "tokens layers topk"],
     Float[Array, "tokens layers topk"],
-    Int[Array, "tokens layers depth width"],
+    Int[Array, "tokens layers depth width"] | None,
 ]:
     hidden = _hidden_states(parameters, noise, embedded)
     logits = jnp.einsum("tlh,lhe->tle", hidden, routers) + biases[None]
     scores, experts = jax.lax.top_k(logits, topk)
     weights = jnp.exp(scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    lookahead = _look_ahead(routers, biases, hidden, topk) if with_lookahead else None
+    return experts, weights, lookahead
+
+
+def _look_ahead(
+    routers: Float[Array, "layers hidden experts"],
+    biases: Float[Array, "layers experts"],
+    hidden: Float[Array, "tokens layers hidden"],
+    topk: int,
+) -> Int[Array, "tokens layers depth width"]:
+    """What the routers further on choose from this layer's hidden state."""
     # Routers 1, 2, ... layers further on; what wraps round is marked as "none" below.
     depths = range(1, LOOKAHEAD_DEPTH + 1)
     ahead_routers = jnp.stack([jnp.roll(routers, -depth, axis=0) for depth in depths], axis=1)
@@ -152,8 +161,7 @@ def _route_request(
     lookahead = jax.lax.top_k(ahead_logits, 2 * topk)[1]
     num_layers = hidden.shape[1]
     reached = jnp.arange(num_layers)[:, None] + jnp.array(depths)[None, :]
-    lookahead = jnp.where((reached < num_layers)[None, :, :, None], lookahead, -1)
-    return experts, weights, lookahead
+    return jnp.where((reached < num_layers)[None, :, :, None], lookahead, -1)
 
 
 def _hidden_states(

@@ -10,16 +10,21 @@ from moejax.trace import Trace
 
 from ._latent import latent_router
 from ._patterns import pattern_router, uniform_router
-from ._routing import Routing
+from ._routing import Router
 from ._workload import Workload
 
-_ROUTERS: Mapping[str, Callable[[Workload], Callable[[int, int, int], Routing]]] = MappingProxyType(
+_ROUTERS: Mapping[str, Callable[[Workload], Router]] = MappingProxyType(
     {"latent": latent_router, "pattern": pattern_router, "uniform": uniform_router}
 )
 
 
 def make_trace(
-    workload: Workload, *, num_requests: int, tokens_per_request: int, seed: int
+    workload: Workload,
+    *,
+    num_requests: int,
+    tokens_per_request: int,
+    seed: int,
+    with_lookahead: bool = True,
 ) -> Trace:
     """Draws requests of a workload; all their tokens are decoded ones.
 
@@ -31,9 +36,11 @@ def make_trace(
       num_requests: Requests to draw, at least 1.
       tokens_per_request: Tokens of each, at least 1.
       seed: From 0 to 2**32 - 1.
+      with_lookahead: Whether the trace says what later layers' gates would choose. Most of the
+        work of a draw; nothing else in the trace depends on it.
 
     Returns:
-      A trace whose `workload` names the recipe, with routing weights and lookahead.
+      A trace whose `workload` names the recipe, with routing weights.
 
     Raises:
       UsageError: A count is below 1, the seed is out of range, or the router is unknown.
@@ -47,10 +54,17 @@ def make_trace(
             f"Choose one of {', '.join(_ROUTERS)}.",
         )
     route = _ROUTERS[workload.router](workload)
-    requests = [route(seed, request, tokens_per_request) for request in range(num_requests)]
-    experts, weights, lookahead, token_ids = (
-        np.concatenate(part) for part in zip(*requests, strict=True)
+    requests = [
+        route(seed, request, tokens_per_request, with_lookahead=with_lookahead)
+        for request in range(num_requests)
+    ]
+    experts, weights, token_ids = (
+        np.concatenate(part)
+        for part in zip(
+            *((r.experts, r.routing_weights, r.token_ids) for r in requests), strict=True
+        )
     )
+    said = [request.lookahead for request in requests if request.lookahead is not None]
     return Trace(
         experts=experts,
         num_experts=workload.num_experts,
@@ -58,7 +72,7 @@ def make_trace(
         phase=np.ones(len(experts), np.uint8),
         routing_weights=weights,
         token_ids=token_ids if token_ids[0] >= 0 else None,
-        lookahead=lookahead,
+        lookahead=np.concatenate(said) if said else None,
         model=workload.model,
         source=_describe(workload, seed),
         licence="Apache-2.0",

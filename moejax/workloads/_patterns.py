@@ -1,37 +1,33 @@
 """Routers without a hidden state: no structure, structure to learn, structure that betrays."""
 
-from collections.abc import Callable
-
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from moejax.trace import expert_dtype
 
-from ._routing import LOOKAHEAD_DEPTH, Routing
+from ._routing import LOOKAHEAD_DEPTH, Router, Routing
 from ._workload import Workload
 
 
-def uniform_router(workload: Workload) -> Callable[[int, int, int], Routing]:
+def uniform_router(workload: Workload) -> Router:
     """Every set of experts is equally likely at every token and layer: the null hypothesis.
 
     Its lookahead is drawn alike and knows nothing.
-
-    Returns:
-      A function of (seed, request, num_tokens) that routes one request.
     """
     num_layers, num_experts = workload.num_layers, workload.num_experts
     topk = workload.num_experts_per_tok
 
-    def route(seed: int, request: int, num_tokens: int) -> Routing:
+    def route(seed: int, request: int, num_tokens: int, *, with_lookahead: bool) -> Routing:
         random = np.random.default_rng((workload.model_seed, seed, request))
         shape = (num_tokens, num_layers, 1 + LOOKAHEAD_DEPTH, num_experts)
         order = np.argsort(random.random(shape, dtype=np.float32), axis=-1)[..., : 2 * topk]
-        return _routing(order[:, :, 0, :topk], order[:, :, 1:], num_experts)
+        lookahead = order[:, :, 1:] if with_lookahead else None
+        return _routing(order[:, :, 0, :topk], lookahead, num_experts)
 
     return route
 
 
-def pattern_router(workload: Workload) -> Callable[[int, int, int], Routing]:
+def pattern_router(workload: Workload) -> Router:
     """Experts move in groups; a token's group in a layer decides its group in the next layer.
 
     With `cycle_experts` 0 the groups of layer 0 are random and the maps between layers never
@@ -39,9 +35,6 @@ def pattern_router(workload: Workload) -> Callable[[int, int, int], Routing]:
     experts come in a fixed cycle and, after `settle_tokens` and then every `phase_tokens`, order
     and maps are drawn anew; lookahead stays one phase behind, so that both what was learned
     and what the gate announces are wrong once trusted.
-
-    Returns:
-      A function of (seed, request, num_tokens) that routes one request.
     """
     num_layers, topk = workload.num_layers, workload.num_experts_per_tok
     num_groups = workload.num_experts // topk
@@ -54,7 +47,7 @@ def pattern_router(workload: Workload) -> Callable[[int, int, int], Routing]:
     ].reshape(num_layers, num_groups, topk)
     fixed_maps = _draw_maps(fixed, num_layers, num_groups)
 
-    def route(seed: int, request: int, num_tokens: int) -> Routing:
+    def route(seed: int, request: int, num_tokens: int, *, with_lookahead: bool) -> Routing:
         random = np.random.default_rng((workload.model_seed, seed, request))
         if cycle_length == 0:
             first = random.integers(num_groups, size=num_tokens)
@@ -69,7 +62,7 @@ def pattern_router(workload: Workload) -> Callable[[int, int, int], Routing]:
             expected = maps[phase, :, token % cycle_length]
         return _routing(
             _members_of(members, actual),
-            _expect(members, expected, num_groups),
+            _expect(members, expected, num_groups) if with_lookahead else None,
             len(members[0]) * topk,
         )
 
@@ -106,19 +99,20 @@ def _expect(
 
 def _routing(
     experts: Int[np.ndarray, "tokens layers topk"],
-    lookahead: Int[np.ndarray, "tokens layers depth width"],
+    lookahead: Int[np.ndarray, "tokens layers depth width"] | None,
     num_experts: int,
 ) -> Routing:
     dtype = expert_dtype(num_experts)
-    lookahead = lookahead.copy()
-    for depth in range(1, LOOKAHEAD_DEPTH + 1):
-        lookahead[:, -depth:, depth - 1] = -1
+    if lookahead is not None:
+        lookahead = lookahead.astype(dtype)
+        for depth in range(1, LOOKAHEAD_DEPTH + 1):
+            lookahead[:, -depth:, depth - 1] = np.iinfo(dtype).max
     weights: Shaped[np.ndarray, "tokens layers topk"] = np.full(
         experts.shape, 1 / experts.shape[-1], np.float16
     )
     return Routing(
         experts.astype(dtype),
         weights,
-        lookahead.astype(dtype),
+        lookahead,
         np.full(experts.shape[0], -1, np.int32),
     )

@@ -7,6 +7,7 @@ import pytest
 
 from moejax.bench import (
     GridSettings,
+    Requests,
     batch_lookahead,
     check_shape,
     draw_run,
@@ -16,6 +17,7 @@ from moejax.bench import (
     scaled,
     simulate_lanes,
 )
+from moejax.bench._grid import draw_runs
 from moejax.cards import load_hardware, load_model
 from moejax.cost import layer_clock
 from moejax.errors import BadFileError, InfeasibleBudgetError
@@ -205,6 +207,14 @@ def test_no_place_of_a_batch_is_ever_empty(requests):
         said = batch_lookahead(draw, 4, 50)
         places = experts.reshape(50, NUM_LAYERS, 4, TOPK)
         np.testing.assert_array_equal(said[:, :-1, 0], places[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["lru", "gate_look"])
+def test_a_draw_says_what_gates_would_choose_where_a_strategy_reads_it(name):
+    requests = Requests(make_trace(), None, "uniform", 0)
+    settings = dataclasses.replace(SETTINGS, strategies=(name, "on_demand"), num_runs=1)
+    (draw,) = draw_runs(requests, settings)
+    assert (draw.lookahead is not None) == STRATEGIES[name].needs_lookahead
 
 
 def test_runs_share_no_request_with_the_profile(requests):

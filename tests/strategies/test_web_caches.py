@@ -42,7 +42,7 @@ def test_hits_are_those_of_plain_lists_at_every_capacity(name, width):
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_pool_is_refused(name):
     lane = replay(make_experts(2)[:4], NUM_EXPERTS)
-    with pytest.raises(UsageError, match="keeps each layer apart"):
+    with pytest.raises(UsageError, match="a strategy that keeps each layer apart cannot"):
         pool(STRATEGIES[name].make(None), lane, np.array([8]), KEY, topk=2)
 
 

@@ -95,6 +95,17 @@ def test_routing_is_drawn_on_a_cpu_whatever_the_default_device(monkeypatch):
     assert devices == [jax.local_devices(backend="cpu")[0]]
 
 
+def test_what_later_gates_would_choose_is_left_out_and_nothing_else_changes(drawn):
+    workload, trace = drawn
+    blind = make_trace(
+        workload, num_requests=2, tokens_per_request=NUM_TOKENS, seed=3, with_lookahead=False
+    )
+    assert blind.lookahead is None
+    validate_trace(blind)
+    for name in ("experts", "routing_weights", "token_ids", "request_start"):
+        np.testing.assert_array_equal(getattr(blind, name), getattr(trace, name))
+
+
 def test_lookahead_knows_more_the_nearer_the_layer():
     trace = make_trace(
         WORKLOADS[default_workload], num_requests=2, tokens_per_request=NUM_TOKENS, seed=3
