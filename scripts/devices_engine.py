@@ -16,6 +16,7 @@ from moejax.bench import (
     Routing,
     RoutingRecipe,
     StepSizes,
+    adding_in_order,
     devices_record,
     logits_of,
     make_routing,
@@ -65,6 +66,7 @@ def measure_engine(options: argparse.Namespace) -> dict[str, Any]:
         "plans": [],
     }
     said: dict[tuple[int, int], np.ndarray] = {}
+    in_order: dict[tuple[int, int], np.ndarray] = {}
     for count in options.devices:
         begin = time.perf_counter()
         members = team(count)
@@ -76,6 +78,11 @@ def measure_engine(options: argparse.Namespace) -> dict[str, Any]:
             for case in cases(config, count, batch_size, options):
                 found["cases"].append(measure(rig, engine, case, rates))
             said[count, batch_size] = _logits(rig, engine, config, batch_size, options, found)
+            if count == 1:
+                del engine
+                gc.collect()
+                in_order |= dict(_in_order(rig, config, batch_size, options))
+                engine = _engine(rig, config.num_experts)
             for path in _plans_for(options, count, batch_size):
                 found["plans"].append(measure_plan(rig, engine, path, rates, options))
             options.save(found)
@@ -83,7 +90,7 @@ def measure_engine(options: argparse.Namespace) -> dict[str, Any]:
             gc.collect()
         del rig
         gc.collect()
-    found["compared"] = list(compare(said, options.devices[0]))
+    found["compared"] = list(compare(said, in_order, options.devices[0]))
     return found
 
 
@@ -190,9 +197,16 @@ def _plans_for(options: argparse.Namespace, num_devices: int, batch_size: int) -
             yield path
 
 
-def compare(said: dict[tuple[int, int], np.ndarray], base: int) -> Iterator[dict[str, Any]]:
-    """Logits of several devices beside those of one: they add the experts up in another order."""
+def compare(
+    said: dict[tuple[int, int], np.ndarray], in_order: dict[tuple[int, int], np.ndarray], base: int
+) -> Iterator[dict[str, Any]]:
+    """Logits of several devices beside those of one, which adds the experts up in another order.
+
+    And beside those of one device that adds them up in the order of several: to the bit.
+    """
     for (count, batch_size), ours in said.items():
+        if count == base:
+            continue
         theirs = said[base, batch_size]
         spread = float(theirs.std())
         yield {
@@ -202,6 +216,7 @@ def compare(said: dict[tuple[int, int], np.ndarray], base: int) -> Iterator[dict
             "num_tokens": int(np.prod(ours.shape[:2])),
             "same_tokens": int((ours.argmax(-1) == theirs.argmax(-1)).sum()),
             "rms_difference_ratio": float(np.sqrt(np.mean((ours - theirs) ** 2))) / spread,
+            "is_identical_in_order": bool(np.array_equal(ours, in_order[count, batch_size])),
         }
 
 
@@ -232,6 +247,26 @@ def _engine(rig: Rig, num_experts: int) -> OffloadEngine:
     return rig.engine(rig.even_plan(whole, "layer"), LRU)
 
 
+def _in_order(
+    rig: Rig, config: QwenMoeConfig, batch_size: int, options: argparse.Namespace
+) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """What one device says that adds the experts up as several do."""
+    for count in options.devices:
+        if count > 1:
+            plan = rig.even_plan(config.num_experts, "layer")
+            with adding_in_order(count):
+                engine = rig.engine(plan, STRATEGIES["lru"].make(None))
+                yield (count, batch_size), _said(engine, config, batch_size, options)
+
+
+def _said(
+    engine: OffloadEngine, config: QwenMoeConfig, batch_size: int, options: argparse.Namespace
+) -> np.ndarray:
+    recipe = RoutingRecipe("requests", NUM_LOGIT_STEPS, SEED + 1, source=options.workload)
+    routing = make_routing(recipe, config, options.model, batch_size)
+    return logits_of(engine, routing, batch_size, NUM_LOGIT_STEPS, seed=SEED)
+
+
 def _logits(
     rig: Rig,
     engine: OffloadEngine,
@@ -241,10 +276,8 @@ def _logits(
     found: dict[str, Any],
 ) -> np.ndarray:
     """Logits with few slots, which must be those with all, to the bit."""
-    recipe = RoutingRecipe("requests", NUM_LOGIT_STEPS, SEED + 1, source=options.workload)
-    routing = make_routing(recipe, config, options.model, batch_size)
     few, all_ = (
-        logits_of(engine.with_plan(plan), routing, batch_size, NUM_LOGIT_STEPS, seed=SEED)
+        _said(engine.with_plan(plan), config, batch_size, options)
         for plan in (rig.even_plan(2, "layer"), engine.plan)
     )
     is_identical = bool(np.array_equal(few, all_))

@@ -9,6 +9,7 @@ from ._engine_ceilings import Ceilings as Ceilings
 from ._engine_ceilings import measure_ceilings as measure_ceilings
 from ._engine_ceilings import measure_host_reads as measure_host_reads
 from ._engine_counts import simulated_counts as simulated_counts
+from ._engine_devices import adding_in_order as adding_in_order
 from ._engine_devices import devices_record as devices_record
 from ._engine_devices import logits_of as logits_of
 from ._engine_devices import measure_links as measure_links

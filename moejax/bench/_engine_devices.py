@@ -1,9 +1,12 @@
 """An engine whose experts several devices share: what they counted, what bounds them."""
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, UInt
 
 from moejax.devices import Team
-from moejax.engine import COUNTS, OffloadEngine, OffloadState
+from moejax.engine import COUNTS, OffloadEngine, OffloadState, _offload_kernels, _offload_xla
+from moejax.engine.kernels._active import EXPERT
+from moejax.engine.kernels._experts import Answered, experts_down
 from moejax.offload import SlotPlan
 from moejax.results import Measurement
 from moejax.strategies import Strategy
@@ -186,6 +191,36 @@ def logits_of(
         state, output = program(with_tokens(state, token_ids), None, table)
         logits.append(np.asarray(output.logits))
     return np.stack(logits)
+
+
+@contextmanager
+def adding_in_order(num_devices: int) -> Iterator[None]:
+    """Lets one device add the experts up as several would: each device's own, then the sums.
+
+    Only for engines whose programs are compiled meanwhile, with a strategy that no other engine
+    had. Such an engine says to the bit what an engine on so many devices says.
+    """
+
+    def add_up(answers: Array, ids: Array) -> Array:
+        is_own = [(ids % num_devices == device)[:, None, None] for device in range(num_devices)]
+        return functools.reduce(jnp.add, [jnp.where(own, answers, 0.0).sum(0) for own in is_own])
+
+    def add_experts(_, active, y, inner, host, slots, how) -> Answered:
+        sums = []
+        for device in range(num_devices):
+            is_own = active.table[EXPERT] % num_devices == device
+            own = active._replace(weights=jnp.where(is_own[:, None], active.weights, 0.0))
+            answer, slots, _ = experts_down(
+                own, jnp.zeros_like(y), inner, host, slots, how, dtype=jnp.float32
+            )
+            sums.append(answer)
+        return _offload_kernels.end_layer(y, functools.reduce(jnp.add, sums), slots, inner.dtype)
+
+    with (
+        mock.patch.object(_offload_xla, "add_up", add_up),
+        mock.patch.object(_offload_kernels, "add_experts", add_experts),
+    ):
+        yield
 
 
 def _tokens(

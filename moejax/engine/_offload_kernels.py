@@ -21,6 +21,7 @@ from ._event import ReplayTable, Tables
 from ._expert_cache import ExpertCache, OffloadState
 from ._offload_xla import Decoded
 from ._share import total
+from .kernels._active import Active
 from .kernels._attention import Rotation, attention, rotation
 from .kernels._copy import Prefetch, copy_part
 from .kernels._dense import (
@@ -33,7 +34,7 @@ from .kernels._dense import (
     tile_of,
 )
 from .kernels._dense_weights import DenseLayers, DenseWeights
-from .kernels._experts import experts_down, experts_gate_up_part, tiles_of
+from .kernels._experts import Answered, experts_down, experts_gate_up_part, tiles_of
 from .kernels._parts import Launch, Part, launch
 from .kernels._route import Router, issue_part, read_issued, read_routed, remember_step, route_part
 from .kernels._router import router_part
@@ -192,15 +193,35 @@ def _layer(
     if schedule is not None:
         tables = read_issued(tables, others[-1])
     how = _how(program, "down", columns)
-    answer = partial(experts_down, active, inner=inner, host=hosts[0], slots=slots, how=how)
-    if router.sizes.num_devices == 1:
-        x, slots, squares = answer(y)
-    else:
-        own, slots, _ = answer(jnp.zeros_like(y), dtype=jnp.float32)
-        x = (y + total(own, router.sizes.num_devices)).astype(inner.dtype)
-        squares = None if columns == 1 else sum_squares(x)[None]
+    x, slots, squares = add_experts(
+        router.sizes.num_devices, active, y, inner, hosts[0], slots, how
+    )
     found = (routed.selected_experts, routed.routing_weights, logits, ahead[0] if ahead else None)
     return _Stream(x, squares, slots, tables), keys, values, found
+
+
+def add_experts(
+    num_devices: int,
+    active: Active,
+    y: Array,
+    inner: Array,
+    host: Array,
+    slots: Array,
+    how: Launch,
+) -> Answered:
+    """The residual stream `y` with the experts' answers; those of several devices come together."""
+    if num_devices == 1:
+        return experts_down(active, y, inner, host, slots, how)
+    own, slots, _ = experts_down(
+        active, jnp.zeros_like(y), inner, host, slots, how, dtype=jnp.float32
+    )
+    return end_layer(y, total(own, num_devices), slots, inner.dtype)
+
+
+def end_layer(y: Array, routed: Array, slots: Array, dtype: jnp.dtype) -> Answered:
+    """What the next layer reads, of a residual stream and the sum of the experts' answers."""
+    x = (y + routed).astype(dtype)
+    return Answered(x, slots, None if y.shape[1] == 1 else sum_squares(x)[None])
 
 
 def _routing(program: Program, number: int, selected, weights, logits, ahead, lookahead) -> Routing:

@@ -225,10 +225,10 @@ def _compute(
     else:
         carry = jax.lax.fori_loop(0, num_active, one, carry)
     slots, answers = carry
-    return _add_up(answers, ids), slots
+    return add_up(answers, ids), slots
 
 
-def _add_up(
+def add_up(
     answers: Float[Array, "columns batch hidden"], ids: Int[Array, " columns"]
 ) -> Float[Array, "batch hidden"]:
     """The sum of the experts' answers in the order of their numbers, which rise."""
