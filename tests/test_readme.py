@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import engine_goals
 import outside_page
+import report_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -155,6 +156,28 @@ def test_figures_of_others_measurements_are_those_of_their_report():
     )
     assert not [part for part in shown if part not in words]
     assert found["num_met"] == 3
+
+
+def test_figures_of_several_devices_are_those_of_their_runs():
+    runs, words = read_results("h200-devices")["runs"], " ".join(README.split())
+    said = {size: [report_devices.speedup(run, size, 0) for run in runs] for size in (1, 16)}
+    assert (
+        "is {:.2f} and {:.2f} times as fast on two at batch 1, in two runs, and {:.2f} and {:.2f} "
+        "times at batch 16".format(*said[1], *said[16])
+    ) in words
+    plans = [plan for run in runs for plan in run["engine"]["plans"] if plan["num_devices"] == 2]
+    worst = max(abs(plan["error_ratio"]) for plan in plans)
+    assert len(plans) == 10
+    assert f"the steps of ten plans to {100 * worst:.1f} % at worst" in words
+    assert worst <= report_devices.MOST_ERROR_RATIO
+    for run in runs:
+        assert all(case["counts_equal"] for case in run["engine"]["cases"])
+        assert all(row["is_identical"] for row in run["engine"]["logits"])
+        assert run["sweep"][-1]["speedup_ratio"] >= report_devices.LEAST_SPEEDUP
+        assert all(row["is_identical"] for part in ("sweep", "timeline") for row in run[part])
+    assert all(row["is_identical_in_order"] for row in runs[0]["engine"]["compared"])
+    page = report_devices.page(read_results("h200-devices"))
+    assert page == (ROOT / "reports/h200-devices/report.md").read_text()
 
 
 def test_figures_of_strategies_and_goals_are_those_of_the_run_of_the_engine():

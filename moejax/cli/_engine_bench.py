@@ -20,7 +20,8 @@ from ._generation import (
     read_prompts,
     weight_dtype,
 )
-from ._offload import Kernels, _learn, _read_store
+from ._offload import Kernels, read_store
+from ._offload_strategy import read_profile
 from ._options import parse_ints, parse_names
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
@@ -284,7 +285,7 @@ def _checkpoint_rig(checkpoint: NamedCheckpoint, kernels: str) -> "Rig":
     )
     network = load_model(checkpoint, WeightType.checkpoint, routed_experts=False)
     model = prepare_model(network, kernels)
-    return Rig(checkpoint.name, model, _read_store(checkpoint, layout), kernels)
+    return Rig(checkpoint.name, model, read_store(checkpoint, layout), kernels)
 
 
 def _read_card(name: str) -> "QwenMoeConfig":
@@ -303,7 +304,9 @@ def _read_traces(
     from moejax.strategies import learn_profile
     from moejax.trace import load_trace, split_profile
 
-    profile = None if options.profile is None else _learn(options.profile, config)
+    profile = None
+    if options.profile is not None:
+        profile = learn_profile(read_profile(options.profile, config))
     if options.replay is None:
         return profile, None
     trace = load_trace(options.replay)

@@ -10,15 +10,16 @@ from moejax.errors import BackendError, UsageError
 from moejax.units import format_bytes, format_ratio
 
 from ._generation import NamedCheckpoint, WeightType, load_model, weight_dtype
-from ._options import parse_size
+from ._offload_strategy import make_strategies
+from ._options import parse_size, prepare_devices
 from ._progress import say, show_progress
 from .simulate import Scope
 
 if TYPE_CHECKING:
+    from moejax.devices import Team
     from moejax.engine import Generation, OffloadEngine
     from moejax.offload import ExpertLayout, ExpertStore, SlotPlan
     from moejax.qwen_moe import QwenMoeConfig
-    from moejax.strategies import Profile, Strategy
 
 DEFAULT_STRATEGY = "lru"
 
@@ -86,6 +87,17 @@ KernelsOption: TypeAlias = Annotated[
 ]
 
 
+SharingOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--devices",
+        min=1,
+        metavar="N",
+        help="Devices that share the experts, each with the slots; parts of a CPU without GPUs.",
+    ),
+]
+
+
 class OffloadOptions(NamedTuple):
     """What was given on the command line; None and empty where it was not."""
 
@@ -97,6 +109,7 @@ class OffloadOptions(NamedTuple):
     include_dense: bool
     profile: Path | None
     kernels: Kernels | None
+    devices: int = 1
 
 
 class Opened(NamedTuple):
@@ -105,14 +118,16 @@ class Opened(NamedTuple):
     Attributes:
       engine: The model.
       strategy: Name of what chooses the experts that stay.
-      plan: How many do.
+      plan: How many do, on each device.
       layout: How experts are packed, in rows whose fetches are counted.
+      num_devices: How many share them.
     """
 
     engine: "OffloadEngine"
     strategy: str
     plan: "SlotPlan"
     layout: "ExpertLayout"
+    num_devices: int
 
 
 def is_offloaded(options: OffloadOptions) -> bool:
@@ -132,6 +147,7 @@ def is_offloaded(options: OffloadOptions) -> bool:
         "--scope": options.scope,
         "--profile": options.profile,
         "--kernels": options.kernels,
+        "--devices": options.devices if options.devices > 1 else None,
     }
     idle = [name for name, value in others.items() if value is not None]
     if idle and not given:
@@ -167,11 +183,13 @@ def open_offloaded(
     """
     import jax
 
+    from moejax.devices import team
     from moejax.engine import OffloadEngine, prepare_model
     from moejax.offload import ExpertLayout, describe_cliff
     from moejax.qwen_moe.params import check
 
-    kernels = options.kernels or Kernels.auto
+    prepare_devices(options.devices)
+    members, kernels = team(options.devices), options.kernels or Kernels.auto
     if kernels is Kernels.pallas and jax.default_backend() != "gpu":
         raise BackendError("--kernels pallas needs an NVIDIA GPU", "Use --kernels xla, or auto.")
     config = checkpoint.config
@@ -185,10 +203,14 @@ def open_offloaded(
         config.num_experts, config.hidden_size, config.moe_intermediate_size, dtype
     )
     plan, planned_for = _make_plan(
-        checkpoint, layout, options, num_tokens=num_tokens, max_new_tokens=max_new_tokens
+        checkpoint,
+        layout.share(options.devices),
+        options,
+        num_tokens=num_tokens,
+        max_new_tokens=max_new_tokens,
     )
     name = options.strategy or planned_for or DEFAULT_STRATEGY
-    strategy = _make_strategy(name, config, options.profile)
+    strategies = make_strategies(name, config, options.profile, options.devices)
     cliff = describe_cliff(
         plan,
         num_layers=len(config.moe_layers),
@@ -201,9 +223,9 @@ def open_offloaded(
         say("no GPU: running on the CPU, with every expert in its memory")
     network = load_model(checkpoint, weight_type, routed_experts=False)
     model = prepare_model(network, kernels.value)
-    store = _read_store(checkpoint, layout)
-    engine = OffloadEngine(model, store, plan, strategy, kernels=kernels.value)
-    return Opened(engine, name, plan, layout)
+    store = read_store(checkpoint, layout, members)
+    engine = OffloadEngine(model, store, plan, strategies, kernels=kernels.value)
+    return Opened(engine, name, plan, layout, options.devices)
 
 
 def describe_offload(opened: Opened, generation: "Generation") -> dict[str, Any]:
@@ -220,6 +242,7 @@ def describe_offload(opened: Opened, generation: "Generation") -> dict[str, Any]
         "strategy": opened.strategy,
         "scope": opened.plan.scope,
         "slots": list(opened.plan.slots),
+        "devices": opened.num_devices,
         "kernels": opened.engine.kernels,
         "hit_ratio": total["hits"] / total["demands"] if total["demands"] else None,
         "num_hits": total["hits"],
@@ -234,6 +257,7 @@ def say_offload(facts: dict[str, Any]) -> None:
     """The same for the person who waited."""
     num_slots = sum(facts["slots"])
     where = "in one pool" if facts["scope"] == "pool" else f"over {len(facts['slots'])} layers"
+    where += f" on each of {facts['devices']} devices" if facts["devices"] > 1 else ""
     parts = [f"{facts['strategy']} with {num_slots:,} slots {where}"]
     if facts["hit_ratio"] is not None:
         parts += [
@@ -264,8 +288,9 @@ def _make_plan(
             options.plan,
             model=checkpoint.name,
             num_layers=num_layers,
-            num_experts=config.num_experts,
+            num_experts=layout.num_experts,
             scope=scope,
+            num_devices=options.devices,
         )
         return stored.plan, stored.strategy
     fixed = 0
@@ -281,7 +306,7 @@ def _make_plan(
         say(f"of the budget {format_bytes(fixed)} are for other weights, KV cache and workspace")
     plan = even_plan(
         num_layers,
-        config.num_experts,
+        layout.num_experts,
         expert_bytes=layout.expert_bytes,
         slots=options.slots,
         budget_bytes=parse_size(options.budget, "--budget") if options.budget else None,
@@ -291,44 +316,11 @@ def _make_plan(
     return plan, None
 
 
-def _make_strategy(name: str, config: "QwenMoeConfig", path: Path | None) -> "Strategy":
-    from moejax.strategies import STRATEGIES
-
-    if name not in STRATEGIES:
-        raise UsageError(f"--strategy: {name!r} is not known", f"Known: {', '.join(STRATEGIES)}.")
-    kind = STRATEGIES[name]
-    if kind.needs_future:
-        raise UsageError(
-            f"--strategy: {name} reads the future, which only a replayed trace has",
-            "Take another one here; `moejax bench --engine --replay TRACE` runs it.",
-        )
-    profile = None if path is None else _learn(path, config)
-    if profile is None and kind.needs_profile:
-        raise UsageError(
-            f"--strategy: {name} learns from a profile and none was given",
-            "Give --profile FILE, such as `moejax trace record` writes.",
-        )
-    if profile is None and kind.learns:
-        say(f"note: no --profile, so {name} starts knowing nothing")
-    return kind.make(profile if kind.learns else None)
-
-
-def _learn(path: Path, config: "QwenMoeConfig") -> "Profile":
-    from moejax.strategies import learn_profile
-    from moejax.trace import load_trace
-
-    trace = load_trace(path)
-    ours = (len(config.moe_layers), config.num_experts, config.num_experts_per_tok)
-    theirs = (trace.num_layers, trace.num_experts, trace.topk)
-    if theirs != ours:
-        raise UsageError(
-            f"the profile has (layers, experts, topk) {theirs}, the model {ours}",
-            "Give a profile of the same model.",
-        )
-    return learn_profile(trace)
-
-
-def _read_store(checkpoint: NamedCheckpoint, layout: "ExpertLayout") -> "ExpertStore":
+def read_store(
+    checkpoint: NamedCheckpoint, layout: "ExpertLayout", members: "Team | None" = None
+) -> "ExpertStore":
+    """The routed experts in host memory, told while they are read."""
+    from moejax.devices import ONE_DEVICE
     from moejax.offload import build_store
     from moejax.qwen_moe.params import read_layer_experts
 
@@ -343,6 +335,7 @@ def _read_store(checkpoint: NamedCheckpoint, layout: "ExpertLayout") -> "ExpertS
             layout,
             len(config.moe_layers),
             read_layer,
+            team=members or ONE_DEVICE,
             on_progress=lambda done, all_: progress(done // 10**6, all_ // 10**6, "MB"),
         )
 

@@ -41,6 +41,7 @@ from ._offload import (
     PlanOption,
     ProfileOption,
     ScopeOption,
+    SharingOption,
     SlotsOption,
     StrategyOption,
     describe_offload,
@@ -105,6 +106,7 @@ def generate(
     include_dense: IncludeDenseOption = False,
     profile: ProfileOption = None,
     kernels: KernelsOption = None,
+    devices: SharingOption = 1,
     logits: Annotated[
         bool,
         typer.Option("--logits", help="Add the logits behind the prompt; with -o json only."),
@@ -117,7 +119,8 @@ def generate(
     """Continue a prompt with a Qwen1.5-MoE checkpoint.
 
     Every expert is on the device, or with --budget, --slots or --plan only some: the others wait
-    in host memory and a strategy says which; what it says changes the speed, never the text.
+    in host memory and a strategy says which; what it says changes the speed, never the text. With
+    --devices several devices share the experts, each with slots and a link of its own.
 
     The text goes to stdout as it comes, times to stderr: TTFT until the first token, TPOT from
     one token to the next; compilation comes before both and is told apart. The same seed, prompt
@@ -127,7 +130,9 @@ def generate(
 
     Example: moejax generate --prompt "The " --max-new-tokens 64
     """
-    options = OffloadOptions(budget, slots, plan, scope, strategy, include_dense, profile, kernels)
+    options = OffloadOptions(
+        budget, slots, plan, scope, strategy, include_dense, profile, kernels, devices
+    )
     offloads = is_offloaded(options)
     given = _given_prompt(prompt, prompt_file, prompt_ids)
     if logits and output is not AnswerFormat.json:

@@ -108,7 +108,13 @@ def fixed_bytes(
 
 
 def read_plan(
-    path: Path, *, model: str, num_layers: int, num_experts: int, scope: Scope = "layer"
+    path: Path,
+    *,
+    model: str,
+    num_layers: int,
+    num_experts: int,
+    scope: Scope = "layer",
+    num_devices: int = 1,
 ) -> StoredPlan:
     """Reads the device tier of a plan that `moejax tune-cache --out` wrote.
 
@@ -118,12 +124,13 @@ def read_plan(
       path: The file.
       model: Name of the model that will run.
       num_layers: Its layers that have experts.
-      num_experts: Experts of one of them.
+      num_experts: Experts of one of them, on each device.
       scope: `pool` gives all layers together the slots that the plan gives each.
+      num_devices: Devices that share the experts, each with these slots.
 
     Raises:
       BadFileError: The file cannot be read, is not such a plan, or contradicts itself.
-      UsageError: It is a plan of another model.
+      UsageError: It is a plan of another model, or for more or fewer devices.
     """
     table = _read_table(path)
     slots = _device_slots(table, path)
@@ -136,6 +143,12 @@ def read_plan(
             f"{path} is a plan of {planned_for} with {len(slots)} layers and up to {max(slots)} "
             f"slots; {model} has {num_layers} layers of {num_experts} experts",
             f"Make a plan of this model: moejax tune-cache --model {model} --out plan.json ...",
+        )
+    planned = table.get("num_devices", 1)
+    if planned != num_devices:
+        raise UsageError(
+            f"{path} is a plan for {planned!r:.40} device(s), not for {num_devices}",
+            f"Run it with --devices {planned!r:.40}, or plan with --devices {num_devices}.",
         )
     if not any(slots):
         raise BadFileError(f"{path} keeps no expert on the device", _PLAN_HINT)

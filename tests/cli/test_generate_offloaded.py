@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +30,8 @@ CONTRADICTIONS = {
     ("--scope", "pool"): "--scope has no meaning with every expert on the device",
     ("--kernels", "xla"): "--kernels has no meaning with every expert on the device",
     ("--profile", "x"): "--profile has no meaning with every expert on the device",
+    ("--devices", 2): "--devices has no meaning with every expert on the device",
+    ("--slots", 2, "--devices", 99): "99 device(s) are asked for, and there are 1",
     ("--slots", 0): "0 slots for the 6 experts of a layer",
     ("--slots", 7): "7 slots for the 6 experts of a layer",
     ("--slots", 13, "--scope", "pool"): "13 slots for the 12 experts of all layers",
@@ -171,6 +175,7 @@ def test_the_record_says_what_was_fetched(made, read):
         "strategy": "lru",
         "scope": "layer",
         "slots": [3, 3],
+        "devices": 1,
         "kernels": "stub",
         "hit_ratio": 0.5,
         "num_hits": 8,
@@ -307,3 +312,29 @@ def test_a_strategy_learns_from_a_profile(made, read, generate, tmp_path):
     code, _, err = generate("--slots", 3, "--strategy", "top_k", "--profile", path)
     assert code == 2
     assert "the profile has (layers, experts, topk) (3, 6, 2), the model (2, 6, 2)" in err
+
+
+def test_two_devices_say_what_one_says_with_a_plan_for_two(generate, folder, tmp_path):
+    plan = tmp_path / "plan.json"
+    tier = {"memory": "device", "experts_per_layer": [2, 1]}
+    plan.write_text(
+        json.dumps({"model": "tiny", "strategy": "lru", "num_devices": 2, "tiers": [tier]})
+    )
+    code, _, said = generate("--plan", plan)
+    assert code == 2
+    assert "is a plan for 2 device(s), not for 1" in said
+    # A CPU becomes two devices only before it computes.
+    command = ["generate", "--model", folder, *PROMPT, "--plan", plan, "--devices", 2, "-o", "json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moejax", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    two = json.loads(done.stdout)
+    one = json.loads(generate("--slots", 2, "-o", "json")[1])
+    assert two["token_ids"] == one["token_ids"]
+    assert two["offload"]["devices"] == 2
+    assert two["offload"]["slots"] == [2, 1]
+    totals = [each["offload"][n] for each in (one, two) for n in ("num_hits", "num_misses")]
+    assert totals[0] + totals[1] == totals[2] + totals[3]
