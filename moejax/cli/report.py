@@ -24,9 +24,10 @@ def report(
     ] = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Write report.md and figures/ from a run's results.json.
+    """Write report.md, report.html and figures/ from a run's results.json.
 
-    Without DIR it takes the newest run under reports/, or runs the default bench first.
+    The HTML is the whole report in one file. Without DIR it takes the newest run under reports/,
+    or runs the default bench first.
 
     Example: moejax report reports/first
     """
@@ -46,7 +47,12 @@ def report(
         )
     with show_progress("drawing") as progress:
         page = write_report(folder, progress=progress)
-    emit({"report": str(page), "figures": str(folder / "figures")}, output)
+    places = {
+        "report": page,
+        "page": page.with_suffix(".html"),
+        "figures": folder / "figures",
+    }
+    emit({name: str(place) for name, place in places.items()}, output)
 
 
 def _newest_run() -> Path | None:

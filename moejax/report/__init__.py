@@ -1,4 +1,4 @@
-"""The report of a bench run: `report.md` and `figures/`, from `results.json` alone."""
+"""The report of a bench run as Markdown, HTML and figures, from `results.json` alone."""
 
 from ._claims import audit as audit
 from ._data import ReportData as ReportData
@@ -8,3 +8,4 @@ from ._run import read_run as read_run
 from ._summary import summarise as summarise
 from ._write import write_report as write_report
 from .figures import FIGURES as FIGURES
+from .page import page_html as page_html

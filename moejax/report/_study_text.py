@@ -8,6 +8,7 @@ from moejax.units import format_bytes, format_ratio
 
 from ._data import ReportData
 from ._numbers import NOTHING, format_count, format_factor, markdown_table
+from ._places import link
 from ._study import VERDICTS, AuditedClaim, Study
 
 
@@ -110,7 +111,7 @@ def _every_row(rows: Sequence[AuditedClaim]) -> str:
     ordered = sorted(rows, key=lambda row: VERDICTS.index(row.verdict))
     lines = [
         (
-            f"`{row.claim}`",
+            link(f"`{row.claim}`", row.pointer),
             _quoted(row.claimed, row.unit),
             _written(row.ours, row.unit),
             _interval(row),

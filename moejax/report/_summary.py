@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._places import place
 from ._run import BenchRun, Record
 
 NUM_RESAMPLES = 2_000
@@ -40,9 +41,11 @@ class Cell:
 
     Bytes and seconds are per decode step. Percentiles are over the steps of a run, averaged over
     runs; `step_cv_ratio` is likewise the standard deviation over steps divided by the mean.
+    `place` is where its records stand in `results.json`.
     """
 
     key: CellKey
+    place: str
     num_runs: int
     slots: float
     capacity_bytes: float
@@ -125,7 +128,21 @@ def speedup(
     shared = sorted(own.keys() & base.keys())
     if not shared:
         return None
-    return _ratio_estimate([base[run] for run in shared], [own[run] for run in shared])
+    return ratio_of_pairs([base[run] for run in shared], [own[run] for run in shared])
+
+
+def ratio_of_pairs(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Mean of the first divided by that of the second, whose items belong together.
+
+    Pairs are resampled; the standard deviation is that of the ratios of pairs.
+    """
+    above_array, below_array = np.asarray(above), np.asarray(below)
+    mean = float(above_array.mean() / below_array.mean())
+    if len(above_array) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan)
+    drawn = _resamples(len(above_array))
+    low, high = _interval(above_array[drawn].mean(axis=1) / below_array[drawn].mean(axis=1))
+    return Estimate(mean, float((above_array / below_array).std(ddof=1)), low, high)
 
 
 def scaling_factor(
@@ -142,7 +159,7 @@ def scaling_factor(
     shared = sorted(low.keys() & high.keys())
     if smallest == largest or not shared:
         return None
-    return _ratio_estimate([high[index] for index in shared], [low[index] for index in shared])
+    return ratio_of_pairs([high[index] for index in shared], [low[index] for index in shared])
 
 
 def pareto_front(
@@ -165,6 +182,7 @@ def _cell(key: CellKey, rows: tuple[Record, ...]) -> Cell:
 
     return Cell(
         key=key,
+        place=place(row.pointer for row in rows),
         num_runs=len(rows),
         slots=max(row.slots for row in rows),
         capacity_bytes=max(row.capacity_bytes for row in rows),
@@ -197,19 +215,9 @@ def _latency_by_run(
     return {row.run: row.latency_s.mean for row in rows}
 
 
-def _ratio_estimate(above: Sequence[float], below: Sequence[float]) -> Estimate:
-    above_array, below_array = np.asarray(above), np.asarray(below)
-    mean = float(above_array.mean() / below_array.mean())
-    if len(above_array) < 2:
-        return Estimate(mean, math.nan, math.nan, math.nan)
-    drawn = _resamples(len(above_array))
-    low, high = _interval(above_array[drawn].mean(axis=1) / below_array[drawn].mean(axis=1))
-    return Estimate(mean, float((above_array / below_array).std(ddof=1)), low, high)
-
-
-def _resamples(num_samples: int) -> np.ndarray:
+def _resamples(num_samples: int, seed: int = _SEED) -> np.ndarray:
     # One fixed draw for all: the report of a run is the same bytes whoever makes it.
-    generator = np.random.default_rng(_SEED)
+    generator = np.random.default_rng(seed)
     return generator.integers(num_samples, size=(NUM_RESAMPLES, num_samples))
 
 

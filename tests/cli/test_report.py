@@ -31,7 +31,11 @@ def test_a_folder_gets_its_page_and_figures(report, tmp_path):
     folder = write_dated(tmp_path / "run", "2025-01-01T00:00:00+00:00")
     record, err = report(folder)
     assert err == ""
-    assert record == {"report": str(folder / "report.md"), "figures": str(folder / "figures")}
+    assert record == {
+        "report": str(folder / "report.md"),
+        "page": str(folder / "report.html"),
+        "figures": str(folder / "figures"),
+    }
     page = (folder / "report.md").read_text()
     drawn = sorted(path.name for path in (folder / "figures").glob("*.png"))
     assert len(drawn) > 5

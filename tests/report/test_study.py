@@ -15,7 +15,7 @@ from moejax.report._study_text import study_section
 from moejax.report.figures import CLAIMS_FIGURES, STYLE
 
 from ..bench._made_up_study import audited_results
-from ._factory import results, write_run
+from ._factory import results, without_links, write_run
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -32,7 +32,7 @@ def data(content, tmp_path_factory) -> ReportData:
 
 def test_counts_and_every_row_are_told(data, content):
     assert data.run.study is not None
-    text = "\n\n".join(study_section(data, data.run.study, []))
+    text = without_links("\n\n".join(study_section(data, data.run.study, [])))
     found = [row["verdict"] for row in content["audit"]]
     assert "Of the 177 figures and statements" in text
     for verdict, said in (

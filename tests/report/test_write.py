@@ -29,9 +29,9 @@ def test_same_run_same_bytes_and_nothing_left_over(tmp_path: Path):
     assert one == two
     drawn = [name for name in FIGURES if name not in ("tiers", *CLAIMS_FIGURES)]
     figures = {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "svg")}
-    assert set(one) == {"results.json", "report.md"} | figures
+    assert set(one) == {"results.json", "report.md", "report.html"} | figures
     assert all(one[name].startswith(b"\x89PNG") for name in figures if name.endswith("png"))
-    assert told[-1] == (len(FIGURES) + 1, len(FIGURES) + 1, "report.md")
+    assert told[-1] == (len(FIGURES) + 2, len(FIGURES) + 2, "report.html")
     text = one["report.md"].decode()
     assert all(f"figures/{name}.png" in text for name in drawn)
     assert str(tmp_path) not in text
