@@ -145,6 +145,23 @@ def ratio_of_pairs(above: Sequence[float], below: Sequence[float]) -> Estimate:
     return Estimate(mean, float((above_array / below_array).std(ddof=1)), low, high)
 
 
+def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """The same for samples that have nothing to do with each other, each resampled alone.
+
+    There are no pairs, so the standard deviation is NaN.
+    """
+    above_array, below_array = np.asarray(above), np.asarray(below)
+    mean = float(above_array.mean() / below_array.mean())
+    if min(len(above_array), len(below_array)) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan)
+    above_means, below_means = (
+        values[_resamples(len(values), seed)].mean(axis=1)
+        for seed, values in enumerate((above_array, below_array), _SEED)
+    )
+    low, high = _interval(above_means / below_means)
+    return Estimate(mean, math.nan, low, high)
+
+
 def scaling_factor(
     summary: Summary, run: BenchRun, strategy: str, dispatch: str
 ) -> Estimate | None:
