@@ -28,7 +28,7 @@ def answer(data: ReportData) -> str:
         )
     points = {
         "What it buys": _gain(data, best),
-        f"With {largest} requests at once": _at_largest(data, largest),
+        f"With {largest} requests at once": _at_largest(data, best, largest),
         "How many slots": _slots(data, best),
         "What is left to gain": _bound(data, best),
         "What to do next": _next(data),
@@ -46,14 +46,17 @@ def _best(data: ReportData, batch_size: int) -> Cell | None:
 
 def _setting(data: ReportData, best: Cell) -> str:
     routed = data.run.model.get("routed_bytes")
-    whole = f" of the {format_bytes(routed)} that all experts take" if routed else ""
+    whole = ""
+    if routed:
+        whole = f" of the {link(format_bytes(routed), pointer('model'))} that all experts take"
     size = best.key.batch_size
     return (
         f"**Use `{best.key.strategy}`.** Of the strategies that do not know the future it was the "
         f"fastest in this simulation: with {best.slots:g} expert slots a layer "
-        f"({format_bytes(best.capacity_bytes)}{whole}) a decode step "
+        f"({link(format_bytes(best.capacity_bytes), best.place)}{whole}) a decode step "
         f"{'of one request' if size == 1 else f'at batch {size}'} takes {_latency(best)} in the "
-        f"mean (median step {format_seconds(best.p50_s.mean)}), {_throughput(best)}."
+        f"mean (median step {link(format_seconds(best.p50_s.mean), best.place)}), "
+        f"{_throughput(best)}."
     )
 
 
@@ -62,7 +65,7 @@ def _latency(cell: Cell) -> str:
 
 
 def _throughput(cell: Cell) -> str:
-    return f"{format_count(cell.throughput_tokens_per_s.mean)} tokens/s"
+    return link(f"{format_count(cell.throughput_tokens_per_s.mean)} tokens/s", cell.place)
 
 
 def _gain(data: ReportData, best: Cell) -> str:
@@ -121,13 +124,15 @@ def _ties(data: ReportData, best: Cell) -> str:
     return f"{listed(tied)} {'is' if len(tied) == 1 else 'are'} within the interval of it: a tie."
 
 
-def _at_largest(data: ReportData, largest: int) -> str:
+def _at_largest(data: ReportData, best: Cell, largest: int) -> str:
     found = _best(data, largest)
     if found is None:
         return ""
+    name = found.key.strategy
+    use = f"`{name}` as well" if name == best.key.strategy else f"Use **`{name}`**"
     return (
-        f"**`{found.key.strategy}`**: a step takes {_latency(found)} in the mean, "
-        f"{_throughput(found)} in all. {_ties(data, found)}"
+        f"{use}: a step takes {_latency(found)} in the mean, {_throughput(found)} in all. "
+        f"{_ties(data, found)}"
     ).rstrip()
 
 
@@ -139,8 +144,8 @@ def _slots(data: ReportData, best: Cell) -> str:
         return given
     card = (
         f"Of the card's {link(_memory(found.memory_bytes), MEMORY_PLACE)} the dense weights "
-        f"take {link(format_bytes(found.dense_bytes), '/model')} and the KV cache of "
-        f"{found.context_tokens:,} tokens {link(format_bytes(found.kv_bytes), '/model')}."
+        f"take {link(format_bytes(found.dense_bytes), pointer('model'))} and the KV cache of "
+        f"{found.context_tokens:,} tokens {link(format_bytes(found.kv_bytes), pointer('model'))}."
     )
     if found.slots >= found.num_experts:
         return (

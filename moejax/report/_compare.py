@@ -4,10 +4,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from moejax.errors import UsageError
 
 from ._run import BenchRun, Record
-from ._summary import CellKey, Estimate, estimate, ratio_of_means, ratio_of_pairs, summarise
+from ._summary import (
+    CONFIDENCE_RATIO,
+    NUM_RESAMPLES,
+    CellKey,
+    Estimate,
+    estimate,
+    ratio_of_pairs,
+    summarise,
+)
 
 _SECTIONS = ("model", "hardware", "trace", "settings", "environment")
 # Two runs always differ in these, and it says nothing.
@@ -108,7 +118,7 @@ def _compared(key: CellKey, a: Sequence[Record], b: Sequence[Record], is_paired:
     if is_paired and both:
         ratio = ratio_of_pairs([times_b[run] for run in both], [times_a[run] for run in both])
     else:
-        ratio = ratio_of_means(list(times_b.values()), list(times_a.values()))
+        ratio = _ratio_of_means(list(times_b.values()), list(times_a.values()))
     return Compared(
         key=key,
         a=estimate(list(times_a.values())),
@@ -118,6 +128,21 @@ def _compared(key: CellKey, a: Sequence[Record], b: Sequence[Record], is_paired:
         b_hit_ratio=estimate([row.hit_ratio for row in b]).mean,
         verdict=_verdict(ratio),
     )
+
+
+def _ratio_of_means(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Mean of the first divided by that of the second, which are no pairs: each resampled alone."""
+    mean = float(np.mean(above) / np.mean(below))
+    if min(len(above), len(below)) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan)
+    generator = np.random.default_rng(0)
+    means = [
+        generator.choice(values, size=(NUM_RESAMPLES, len(values))).mean(axis=1)
+        for values in (above, below)
+    ]
+    tail = (1 - CONFIDENCE_RATIO) / 2
+    low, high = np.quantile(means[0] / means[1], [tail, 1 - tail])
+    return Estimate(mean, math.nan, float(low), float(high))
 
 
 def _verdict(ratio: Estimate) -> str:

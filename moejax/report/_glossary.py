@@ -1,6 +1,6 @@
-"""The words of the report, as the README has them."""
+"""The words of the report and the strategies, as the README has them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 GLOSSARY: Mapping[str, str] = MappingProxyType(
@@ -23,6 +23,58 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "workload": "a recipe for synthetic traces with the statistics of a real model",
     }
 )
+
+_WEB = ("the past", "what this cache of the web keeps, with queues for each layer", "nothing")
+
+STRATEGIES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
+    {
+        "on_demand": ("nothing", "nothing", "nothing"),
+        "oracle": (
+            "the future",
+            "what is needed soonest (Belady)",
+            "what is needed next, as far as the link has time",
+        ),
+        "multi_look": (
+            "a profile, the past",
+            "recency, corrected by predicted use",
+            "up to three layers ahead, by layer-to-layer patterns",
+        ),
+        "top_k": (
+            "a profile",
+            "its most frequent experts, pinned: at most half of a layer's",
+            "nothing",
+        ),
+        "intelligent": (
+            "a profile, the past, learned online",
+            "predicted reuse: recency, frequency, popularity, succession",
+            "the next layer, by value",
+        ),
+        "lru": ("the past", "what was used last", "nothing"),
+        "lfu": ("the past", "what was used most often", "nothing"),
+        "fifo": ("the past", "what was loaded last", "nothing"),
+        "sieve": _WEB,
+        "s3fifo": _WEB,
+        "arc": _WEB,
+        "least_stale": (
+            "the past",
+            "what this forward pass used, then the last loaded (our reading of SpecMD)",
+            "nothing",
+        ),
+        "gate_look": ("the next layers' gates", "recency", "what those gates name"),
+    }
+)
+"""What each may look at, what it keeps, and what it prefetches."""
+
+
+def strategies_table(names: Iterable[str]) -> str:
+    """What the strategies of a run do, wrapped ones and strangers left out."""
+    known = {name: STRATEGIES[name] for name in names if name in STRATEGIES}
+    rows = [f"| `{name}` | {' | '.join(words)} |" for name, words in known.items()]
+    if not rows:
+        return ""
+    header = ("strategy", "may look at", "keeps", "prefetches")
+    rules = " | ".join("---" for _ in header)
+    return "\n".join([f"| {' | '.join(header)} |", f"| {rules} |", *rows])
 
 
 def glossary() -> str:

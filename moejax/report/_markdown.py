@@ -11,7 +11,7 @@ from ._answer import answer
 from ._captions import caption, title
 from ._claims import AuditRow, audit, audit_dispatch
 from ._data import NotDrawnError, ReportData
-from ._glossary import glossary
+from ._glossary import glossary, strategies_table
 from ._numbers import (
     NOTHING,
     escape,
@@ -101,7 +101,8 @@ def _how_to_read(data: ReportData) -> str:
             "sequential": "the requests of a batch are replayed one after another",
         }[shown]
         lines.append(f"- Dispatch is *{shown}* throughout: {meaning}.")
-    return lines[0] + "\n\n" + "\n".join(lines[1:])
+    text = lines[0] + "\n\n" + "\n".join(lines[1:])
+    return f"{text}\n\n{strategies_table(data.run.strategies)}".rstrip()
 
 
 def _figure(name: str, data: ReportData) -> str:
@@ -279,8 +280,12 @@ def _limits(data: ReportData) -> str:
         "- Every latency is simulated; none was measured on this hardware. Intervals cover the "
         "draw of requests, not the error of the cost model.",
     ]
-    unmeasured = [(kind, kinds[kind]) for kind in ("datasheet", "assumed") if kind in kinds]
-    lines += [f"- Constants that are {kind}, not measured: {listed(n)}." for kind, n in unmeasured]
+    unmeasured = (("datasheet", "taken from a datasheet"), ("assumed", "assumed"))
+    lines += [
+        f"- Constants of the clock that are {said}, not measured: {listed(kinds[kind])}."
+        for kind, said in unmeasured
+        if kind in kinds
+    ]
     if data.run.hardware.get("note"):
         lines.append(f"- The profile's own note: {data.run.hardware['note']}")
     if data.run.trace.get("workload") is not None:

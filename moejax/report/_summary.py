@@ -131,37 +131,6 @@ def speedup(
     return ratio_of_pairs([base[run] for run in shared], [own[run] for run in shared])
 
 
-def ratio_of_pairs(above: Sequence[float], below: Sequence[float]) -> Estimate:
-    """Mean of the first divided by that of the second, whose items belong together.
-
-    Pairs are resampled; the standard deviation is that of the ratios of pairs.
-    """
-    above_array, below_array = np.asarray(above), np.asarray(below)
-    mean = float(above_array.mean() / below_array.mean())
-    if len(above_array) < 2:
-        return Estimate(mean, math.nan, math.nan, math.nan)
-    drawn = _resamples(len(above_array))
-    low, high = _interval(above_array[drawn].mean(axis=1) / below_array[drawn].mean(axis=1))
-    return Estimate(mean, float((above_array / below_array).std(ddof=1)), low, high)
-
-
-def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> Estimate:
-    """The same for samples that have nothing to do with each other, each resampled alone.
-
-    There are no pairs, so the standard deviation is NaN.
-    """
-    above_array, below_array = np.asarray(above), np.asarray(below)
-    mean = float(above_array.mean() / below_array.mean())
-    if min(len(above_array), len(below_array)) < 2:
-        return Estimate(mean, math.nan, math.nan, math.nan)
-    above_means, below_means = (
-        values[_resamples(len(values), seed)].mean(axis=1)
-        for seed, values in enumerate((above_array, below_array), _SEED)
-    )
-    low, high = _interval(above_means / below_means)
-    return Estimate(mean, math.nan, low, high)
-
-
 def scaling_factor(
     summary: Summary, run: BenchRun, strategy: str, dispatch: str
 ) -> Estimate | None:
@@ -232,9 +201,20 @@ def _latency_by_run(
     return {row.run: row.latency_s.mean for row in rows}
 
 
-def _resamples(num_samples: int, seed: int = _SEED) -> np.ndarray:
+def ratio_of_pairs(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Mean of the first divided by that of the second; their items are pairs, resampled as such."""
+    above_array, below_array = np.asarray(above), np.asarray(below)
+    mean = float(above_array.mean() / below_array.mean())
+    if len(above_array) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan)
+    drawn = _resamples(len(above_array))
+    low, high = _interval(above_array[drawn].mean(axis=1) / below_array[drawn].mean(axis=1))
+    return Estimate(mean, float((above_array / below_array).std(ddof=1)), low, high)
+
+
+def _resamples(num_samples: int) -> np.ndarray:
     # One fixed draw for all: the report of a run is the same bytes whoever makes it.
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(_SEED)
     return generator.integers(num_samples, size=(NUM_RESAMPLES, num_samples))
 
 

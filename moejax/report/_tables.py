@@ -1,6 +1,8 @@
 """The tables behind the figures, written from the same cells."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from ._numbers import (
 from ._places import link, pointer
 from ._published import PUBLISHED_ADDRESS, published_points
 from ._summary import Cell, CellKey, pareto_front, scaling_factor, speedup
+
+_ENDS = MappingProxyType({"h": "host", "d": "device"})
 
 
 def latency_table(data: ReportData, dispatch: str) -> str:
@@ -215,8 +219,7 @@ def transfer_table(data: ReportData) -> str:
     for index, row in enumerate(_timed(data, "transfer")):
         times = Measurement("copy", "s", tuple(row["samples_s"]))
         rate = row["num_bytes"] / times.median if times.median else float("nan")
-        where = f"{row.get('memory', '')} {row.get('direction', '')}".strip() or "copy"
-        where = link(where, pointer("measured", "transfer", index))
+        where = link(_way(row), pointer("measured", "transfer", index))
         rows.append((where, format_bytes(row["num_bytes"]), *_times(times), _rate(rate)))
     header = ("copy", "size", "samples", "median", "p05 to p95", "rate at the median")
     return markdown_table(header, rows)
@@ -257,6 +260,13 @@ def _speedup(data: ReportData, key: CellKey, baseline: str) -> str:
 
 def _throughput(cell: Cell) -> str:
     return link(f"{format_count(cell.throughput_tokens_per_s.mean)} tokens/s", cell.place)
+
+
+def _way(row: Mapping[str, Any]) -> str:
+    """From where to where a copy went: `h2d` is from the host to the device."""
+    ends = str(row.get("direction", "")).split("2")
+    way = " to ".join(_ENDS.get(end, end) for end in ends)
+    return f"{way} ({row['memory']})" if row.get("memory", "host") != "host" else way or "copy"
 
 
 def _timed(data: ReportData, kind: str) -> Sequence:

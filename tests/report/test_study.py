@@ -57,7 +57,7 @@ def test_counts_and_every_row_are_told(data, content):
 def test_surprises_are_the_rows_numbers(data):
     study = data.run.study
     assert study is not None
-    sentences = study_section(data, study, [])[1].splitlines()
+    sentences = without_links(study_section(data, study, [])[1]).splitlines()
     assert len(sentences) == 4
     hits = study.row("hit_rate_percent.intelligent.mean").ours_otherwise
     assert isinstance(hits, float)
