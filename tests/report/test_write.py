@@ -31,6 +31,7 @@ def test_same_run_same_bytes_and_nothing_left_over(tmp_path: Path):
     figures = {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "svg")}
     assert set(one) == {"results.json", "report.md", "report.html"} | figures
     assert all(one[name].startswith(b"\x89PNG") for name in figures if name.endswith("png"))
+    assert len(one["report.html"]) < 3_000_000
     assert told[-1] == (len(FIGURES) + 2, len(FIGURES) + 2, "report.html")
     text = one["report.md"].decode()
     assert all(f"figures/{name}.png" in text for name in drawn)
