@@ -8,7 +8,7 @@ from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from moejax.errors import UsageError
+from moejax.errors import BadFileError, UsageError
 from moejax.results import read_json, write_bytes, write_text
 
 from ._data import NotDrawnError, load_data
@@ -57,8 +57,9 @@ def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
             not_drawn[name] = str(reason)
             _remove(base)
     text = report_markdown(data, drawn, not_drawn)
+    page = _page(folder, text, drawn)
     path = write_text(folder / PAGES[0], text)
-    write_text(folder / PAGES[1], _page(folder, text, drawn))
+    write_text(folder / PAGES[1], page)
     if progress is not None:
         progress(len(FIGURES) + len(PAGES), len(FIGURES) + len(PAGES), PAGES[1])
     return path
@@ -70,7 +71,13 @@ def _page(folder: Path, text: str, drawn: Sequence[str]) -> str:
         f"figures/{name}.png": path.read_text(encoding="utf-8") for name, path in drawings.items()
     }
     files = [name for name in (RESULTS_FILE, PLAN_FILE) if (folder / name).is_file()]
-    return page_html(text, images, {name: read_json(folder / name) for name in files})
+    try:
+        return page_html(text, images, {name: read_json(folder / name) for name in files})
+    except (LookupError, ValueError) as error:
+        raise BadFileError(
+            f"{folder / RESULTS_FILE} names a place that is not in it: {error}",
+            "Run `moejax bench` again to make a new one.",
+        ) from error
 
 
 def _save(figure: Figure, base: Path) -> None:

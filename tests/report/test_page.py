@@ -153,11 +153,11 @@ def test_what_a_run_says_is_shown_and_never_run(tmp_path: Path):
 
 
 def test_headings_of_one_name_stay_apart_and_are_listed():
-    page = page_html("# A <b>\n\n## Same\n\n### Same\n\n## Same\n\nx\n", {}, {})
+    page = page_html("# A <b>\n\n## Same\n\n### Same\n\n## Same\n\n## Records\n", {}, {})
     reader = Reader(page)
     assert {"same", "same-2", "same-3"} <= set(reader.values("id"))
     listed = [attrs["href"] for attrs in reader.all("a")]
-    assert listed[1:] == ["#same", "#same-2", "#same-3"]
+    assert listed[1:] == ["#same", "#same-2", "#same-3", "#records-2"]
     assert "<title>A &lt;b&gt;</title>" in page
 
 

@@ -46,6 +46,15 @@ def test_bad_results_leave_the_old_report(tmp_path: Path):
     assert (tmp_path / "report.md").read_text() == "old"
 
 
+def test_a_run_that_leads_to_what_it_does_not_have(tmp_path: Path, monkeypatch):
+    content = results(strategies=("lru",), batch_sizes=(1,), num_runs=1)
+    content["hardware"]["note"] = "[so much](results.json#/grid/7)"
+    monkeypatch.setattr("moejax.report._write.FIGURES", {})
+    with pytest.raises(BadFileError, match=r"results\.json names a place that is not in it"):
+        write_report(write_run(tmp_path, content))
+    assert not list(tmp_path.glob("report.*"))
+
+
 def test_folder_that_cannot_be_written(tmp_path: Path):
     write_run(tmp_path, results(strategies=("lru",), batch_sizes=(1,), num_runs=1))
     (tmp_path / "figures").write_text("in the way")

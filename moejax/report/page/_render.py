@@ -20,6 +20,10 @@ _LONG = 26
 """Characters of a cell that may break; shorter ones stay on one line."""
 
 
+_OF_THE_PAGE = ("text", "records", "records-heading")
+"""Ids that are taken before any heading has one."""
+
+
 class Heading(NamedTuple):
     """A section: its level, its name in addresses, and its text."""
 
@@ -137,8 +141,9 @@ def _name_headings(tokens: Sequence[Token]) -> list[Heading]:
             continue
         words = _plain(tokens[index + 1])
         base = re.sub(r"[^\w]+", "-", words.lower()).strip("-") or "section"
-        taken = {one.name for one in headings}
-        name = next(n for n in (base, *(f"{base}-{k}" for k in range(2, 999))) if n not in taken)
+        taken = {*_OF_THE_PAGE, *(one.name for one in headings)}
+        names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
         token.attrs["id"] = name
         headings.append(Heading(int(token.tag[1]), name, words))
     return headings
