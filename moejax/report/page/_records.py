@@ -56,8 +56,7 @@ def _entry(link: RecordLink, body: str) -> str:
     name, title = html.escape(link.name), html.escape(link.title)
     return (
         f'<details class="record"><summary><code>{title}</code></summary>'
-        f'<div id="{name}" class="scroll" role="region" tabindex="0" aria-label="Record {title}">'
-        f"{body}</div></details>"
+        f'<div id="{name}" class="scroll">{body}</div></details>'
     )
 
 
@@ -78,7 +77,7 @@ def _table(file: str, found: Sequence[Found]) -> str:
     rows = [_flat(one.value) for one in found]
     if len(rows) == 1:
         cells = "".join(
-            f'<tr><th scope="row">{html.escape(name or "value")}</th>'
+            f"<tr><th>{html.escape(name or 'value')}</th>"
             f"<td>{_written(file, name, value)}</td></tr>"
             for name, value in rows[0].items()
         )
