@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moejax.errors import BadFileError, MoejaxError
+from moejax.errors import BadFileError, MoejaxError, UsageError
 
+from ._compare import show_comparison
 from ._options import OutputOption
 from ._output import OutputFormat, emit
 from ._progress import say, show_progress
@@ -22,16 +23,35 @@ def report(
         Path | None,
         typer.Argument(metavar="DIR", help="Run folder; default: the newest under reports/."),
     ] = None,
+    runs: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="Set two runs side by side instead."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.json", help="Where --compare writes what it finds."),
+    ] = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Write report.md and figures/ from a run's results.json.
+    """Write report.md, report.html and figures/ from a run's results.json.
 
-    Without DIR it takes the newest run under reports/, or runs the default bench first.
+    The HTML is the whole report in one file. Without DIR it takes the newest run under reports/,
+    or runs the default bench first. --compare sets the step latencies of two runs of a model
+    side by side and writes nothing but --out.
 
     Example: moejax report reports/first
     """
     from moejax.report import write_report
 
+    if runs is not None:
+        if folder is not None:
+            raise UsageError(
+                f"{folder} is a third run beside those of --compare", "Name two: --compare A B."
+            )
+        show_comparison(*runs, out, output)
+        return
+    if out is not None:
+        raise UsageError("--out has no meaning without --compare", "A report lies beside its run.")
     if folder is None:
         folder = _newest_run()
     if folder is None:
@@ -46,7 +66,12 @@ def report(
         )
     with show_progress("drawing") as progress:
         page = write_report(folder, progress=progress)
-    emit({"report": str(page), "figures": str(folder / "figures")}, output)
+    places = {
+        "report": page,
+        "page": page.with_suffix(".html"),
+        "figures": folder / "figures",
+    }
+    emit({name: str(place) for name, place in places.items()}, output)
 
 
 def _newest_run() -> Path | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._places import place
 from ._run import BenchRun, Record
 
 NUM_RESAMPLES = 2_000
@@ -40,9 +41,11 @@ class Cell:
 
     Bytes and seconds are per decode step. Percentiles are over the steps of a run, averaged over
     runs; `step_cv_ratio` is likewise the standard deviation over steps divided by the mean.
+    `place` is where its records stand in `results.json`.
     """
 
     key: CellKey
+    place: str
     num_runs: int
     slots: float
     capacity_bytes: float
@@ -125,7 +128,7 @@ def speedup(
     shared = sorted(own.keys() & base.keys())
     if not shared:
         return None
-    return _ratio_estimate([base[run] for run in shared], [own[run] for run in shared])
+    return ratio_of_pairs([base[run] for run in shared], [own[run] for run in shared])
 
 
 def scaling_factor(
@@ -142,7 +145,7 @@ def scaling_factor(
     shared = sorted(low.keys() & high.keys())
     if smallest == largest or not shared:
         return None
-    return _ratio_estimate([high[index] for index in shared], [low[index] for index in shared])
+    return ratio_of_pairs([high[index] for index in shared], [low[index] for index in shared])
 
 
 def pareto_front(
@@ -165,6 +168,7 @@ def _cell(key: CellKey, rows: tuple[Record, ...]) -> Cell:
 
     return Cell(
         key=key,
+        place=place(row.pointer for row in rows),
         num_runs=len(rows),
         slots=max(row.slots for row in rows),
         capacity_bytes=max(row.capacity_bytes for row in rows),
@@ -197,7 +201,8 @@ def _latency_by_run(
     return {row.run: row.latency_s.mean for row in rows}
 
 
-def _ratio_estimate(above: Sequence[float], below: Sequence[float]) -> Estimate:
+def ratio_of_pairs(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Mean of the first divided by that of the second; their items are pairs, resampled as such."""
     above_array, below_array = np.asarray(above), np.asarray(below)
     mean = float(above_array.mean() / below_array.mean())
     if len(above_array) < 2:

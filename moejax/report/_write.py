@@ -1,30 +1,34 @@
 """Writing a report beside the results it tells of."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from moejax.errors import UsageError
-from moejax.results import write_bytes, write_text
+from moejax.errors import BadFileError, UsageError
+from moejax.results import read_json, write_bytes, write_text
 
 from ._data import NotDrawnError, load_data
 from ._markdown import report_markdown
+from ._places import PLAN_FILE, RESULTS_FILE
 from .figures import FIGURES, STYLE
+from .page import page_html
 
+PAGES = ("report.md", "report.html")
 PNG_DOTS_PER_INCH = 200
 
 Progress = Callable[[int, int, str], None]
 
 
 def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
-    """Writes `report.md` and `figures/` into the folder of a bench run.
+    """Writes `figures/`, `report.md` and `report.html` into the folder of a bench run.
 
     Figures come first and the text last, each whole or not at all, so that the text never names
-    a figure that is not there. The same `results.json` gives the same bytes.
+    a figure that is not there. `report.html` is the same text as one file that needs no other.
+    The same `results.json` gives the same bytes.
 
     Args:
       folder: What `moejax bench --out` wrote; `plan.json` in it adds the tiers.
@@ -43,7 +47,7 @@ def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
     not_drawn: dict[str, str] = {}
     for index, (name, draw) in enumerate(FIGURES.items()):
         if progress is not None:
-            progress(index, len(FIGURES) + 1, name)
+            progress(index, len(FIGURES) + len(PAGES), name)
         base = folder / "figures" / name
         try:
             with style.context(dict(STYLE), after_reset=True):
@@ -52,10 +56,28 @@ def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
         except NotDrawnError as reason:
             not_drawn[name] = str(reason)
             _remove(base)
-    path = write_text(folder / "report.md", report_markdown(data, drawn, not_drawn))
+    text = report_markdown(data, drawn, not_drawn)
+    page = _page(folder, text, drawn)
+    path = write_text(folder / PAGES[0], text)
+    write_text(folder / PAGES[1], page)
     if progress is not None:
-        progress(len(FIGURES) + 1, len(FIGURES) + 1, "report.md")
+        progress(len(FIGURES) + len(PAGES), len(FIGURES) + len(PAGES), PAGES[1])
     return path
+
+
+def _page(folder: Path, text: str, drawn: Sequence[str]) -> str:
+    drawings = {name: folder / "figures" / f"{name}.svg" for name in drawn}
+    images = {
+        f"figures/{name}.png": path.read_text(encoding="utf-8") for name, path in drawings.items()
+    }
+    files = [name for name in (RESULTS_FILE, PLAN_FILE) if (folder / name).is_file()]
+    try:
+        return page_html(text, images, {name: read_json(folder / name) for name in files})
+    except (LookupError, ValueError) as error:
+        raise BadFileError(
+            f"{folder / RESULTS_FILE} names a place that is not in it: {error}",
+            "Run `moejax bench` again to make a new one.",
+        ) from error
 
 
 def _save(figure: Figure, base: Path) -> None:

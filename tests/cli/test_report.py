@@ -31,7 +31,11 @@ def test_a_folder_gets_its_page_and_figures(report, tmp_path):
     folder = write_dated(tmp_path / "run", "2025-01-01T00:00:00+00:00")
     record, err = report(folder)
     assert err == ""
-    assert record == {"report": str(folder / "report.md"), "figures": str(folder / "figures")}
+    assert record == {
+        "report": str(folder / "report.md"),
+        "page": str(folder / "report.html"),
+        "figures": str(folder / "figures"),
+    }
     page = (folder / "report.md").read_text()
     drawn = sorted(path.name for path in (folder / "figures").glob("*.png"))
     assert len(drawn) > 5
@@ -61,3 +65,69 @@ def test_without_any_run_the_default_bench_comes_first(report, tmp_path, monkeyp
     assert "the table of the run" in err
     assert Path(record["report"]).parent.parent == Path("reports")
     assert (tmp_path / record["report"]).is_file()
+
+
+def write_pair(folder: Path) -> tuple[Path, Path]:
+    pair = []
+    for name, factor in (("a", 1.0), ("b", 0.9)):
+        content = results(strategies=("on_demand", "lru"), batch_sizes=(1, 2), num_runs=3)
+        for row in content["grid"]:
+            row["latency_s"] = {kind: factor * value for kind, value in row["latency_s"].items()}
+        content["settings"]["slots"] = [30 if name == "a" else 16] * 24
+        pair.append(write_run(folder / name, content))
+    return pair[0], pair[1]
+
+
+def test_two_runs_side_by_side(report, tmp_path):
+    a, b = write_pair(tmp_path)
+    found, err = report("--compare", a, b / "results.json", "--out", "both.json")
+    assert found["is_paired"]
+    assert found["differences"] == [{"field": "settings/slots", "a": [30] * 24, "b": [16] * 24}]
+    assert len(found["rows"]) == 4
+    for row in found["rows"]:
+        assert row["b_s"] == pytest.approx(0.9 * row["a_s"])
+        assert row["b_over_a_interval"] == pytest.approx([0.9, 0.9])
+        assert row["a_interval_s"][0] <= row["a_s"] <= row["a_interval_s"][1]
+        assert row["verdict"] == "B is faster"
+    assert "the same requests" in err
+    assert json.loads((tmp_path / "both.json").read_text()) == found
+
+
+def test_comparing_writes_nothing_unasked(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = write_pair(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["report", "--compare", str(a), str(b), "-o", "md"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    out = capsys.readouterr().out
+    assert "| settings/slots | 30 (24 times) | 16 (24 times) |" in out
+    assert out.count("| B is faster |") == 4
+    assert cli.main(["report", "--compare", str(a), str(b), "-o", "csv"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--compare", "a", "other"], 2, "a step of one is other work"),
+        (["--compare", "a", "engine"], 4, "has schema 'moejax.bench-engine/1'"),
+        (["--compare", "a", "nowhere"], 4, "nowhere has no results.json"),
+        (["--compare", "a", "a", "--out", "c.txt"], 2, "not a .json file"),
+        (["b", "--compare", "a", "a"], 2, "b is a third run"),
+        (["a", "--out", "c.json"], 2, "no meaning without --compare"),
+        (["--compare", "a"], 2, "requires 2 arguments"),
+    ],
+)
+def test_runs_that_cannot_be_compared(capsys, tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    write_dated(tmp_path / "a", "2025-01-01T00:00:00+00:00")
+    write_run(tmp_path / "other", results(model="tiny-moe", num_runs=1))
+    write_run(tmp_path / "engine", {"schema": "moejax.bench-engine/1"})
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["report", *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert said in err
+    assert "\n\nhint: " in err
+    assert sorted(tmp_path.rglob("*")) == before
