@@ -107,7 +107,5 @@ def run_bench(
             progress=progress,
         )
     if further:
-        results |= run_further(
-            with_baseline, model, hardware, requests, profile, progress=progress
-        )
+        results |= run_further(with_baseline, model, hardware, requests, profile, progress=progress)
     return results

@@ -9,6 +9,7 @@ from moejax.errors import BadFileError
 from moejax.results import read_json
 
 from ._check import Checker
+from ._further import Further, read_further
 from ._palette import STRATEGY_ORDER
 from ._study import Study, read_study
 
@@ -105,6 +106,7 @@ class BenchRun:
       measured: Timings of the machine that ran the bench: `transfer` and `compute` lists.
       tiers: Fastest first; empty when there is no plan.
       study: The reference study's experiment and its audited claims; None without `--audit`.
+      further: The experiments of `--full` by key; empty without it.
     """
 
     environment: Mapping[str, Any]
@@ -118,6 +120,7 @@ class BenchRun:
     measured: Mapping[str, Sequence[Mapping[str, Any]]]
     tiers: tuple[Tier, ...]
     study: Study | None = None
+    further: Further = dataclasses.field(default_factory=dict)
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -179,6 +182,7 @@ def read_run(folder: Path) -> BenchRun:
         measured=_measured(check, content.get("measured") or {}),
         tiers=_tiers(folder, content.get("tune")),
         study=read_study(check, content.get("study"), content.get("audit")),
+        further=read_further(check, content),
     )
 
 

@@ -1,8 +1,10 @@
 """Writing a report beside the results it tells of."""
 
+import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,6 +13,7 @@ from matplotlib.figure import Figure
 from moejax.errors import UsageError
 from moejax.results import write_bytes, write_text
 
+from ._constraints import Constraint
 from ._data import NotDrawnError, load_data
 from ._markdown import report_markdown
 from .figures import FIGURES, STYLE
@@ -20,7 +23,13 @@ PNG_DOTS_PER_INCH = 200
 Progress = Callable[[int, int, str], None]
 
 
-def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
+def write_report(
+    folder: Path,
+    *,
+    constraints: tuple[Constraint, ...] = (),
+    prices_usd: Mapping[str, float] = MappingProxyType({}),
+    progress: Progress | None = None,
+) -> Path:
     """Writes `report.md` and `figures/` into the folder of a bench run.
 
     Figures come first and the text last, each whole or not at all, so that the text never names
@@ -28,6 +37,8 @@ def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
 
     Args:
       folder: What `moejax bench --out` wrote; `plan.json` in it adds the tiers.
+      constraints: What a strategy must meet to be chosen; none gives a matrix of typical ones.
+      prices_usd: What cards cost, by profile; before what their profiles say.
       progress: Told how many of how many files are done, and which comes next.
 
     Returns:
@@ -38,7 +49,7 @@ def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
       UsageError: The folder cannot be written to.
     """
     folder = Path(folder)
-    data = load_data(folder)
+    data = dataclasses.replace(load_data(folder), constraints=constraints, prices_usd=prices_usd)
     drawn: list[str] = []
     not_drawn: dict[str, str] = {}
     for index, (name, draw) in enumerate(FIGURES.items()):

@@ -1,9 +1,11 @@
 """Hybrid strategies: the study's open question, answered with the wrappers."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from moejax.cards import Hardware
 from moejax.strategies import (
     Profile,
     Strategy,
@@ -65,3 +67,15 @@ HYBRIDS: Mapping[str, Hybrid] = MappingProxyType(
 )
 """By the name in reports; pins are the profile's hottest, prefetches come from layer-to-layer
 transitions."""
+
+
+def loaded(hardware: Hardware) -> Hardware:
+    """The machine while its host reads experts: copies are as slow then as it says.
+
+    The timeline copies at the idle link's rate even while the host computes, so a hybrid that
+    computes there lies between this machine, on which every copy is slowed, and the idle one.
+    """
+    name = "pinned_h2d_bytes_per_s"
+    idle = hardware.constants[name]
+    slowed = dataclasses.replace(idle, value=idle.value * hardware.value("contention_ratio"))
+    return dataclasses.replace(hardware, constants={**hardware.constants, name: slowed})
