@@ -158,8 +158,7 @@ def _cards(data: ReportData) -> str:
 def _hybrids(data: ReportData) -> str:
     return (
         "Change of the mean step by wrapping a strategy, beside the best of its parts on the same "
-        "draws; left of the line is faster. `host_compute` is judged with every copy as slow as "
-        "while the host reads experts."
+        "draws; left of the line is faster. `host_compute` is judged on a cautious host."
     )
 
 

@@ -11,6 +11,8 @@ from moejax.units import format_bytes, format_ratio, format_seconds, parse_bytes
 
 from ._numbers import format_count
 
+FUTURE = "future"
+
 
 class Candidate(NamedTuple):
     """What can be chosen: a strategy with so many slots at one batch size.
@@ -82,7 +84,7 @@ class Constraint(NamedTuple):
 
     def __str__(self) -> str:
         kind = KINDS[self.name]
-        if self.name == "future":
+        if self.name == FUTURE:
             return "future allowed" if self.limit else "no future"
         return f"{self.name} at {'least' if kind.is_least else 'most'} {kind.write(self.limit)}"
 
@@ -140,7 +142,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "p99": Kind(parse_seconds, format_seconds, lambda one: one.p99_s, False, "60ms"),
         "hit": Kind(_share, format_ratio, lambda one: one.hit_ratio, True, "0.5"),
         "throughput": Kind(_number, format_count, lambda one: one.tokens_per_s, True, "30"),
-        "future": Kind(_yes, format_count, lambda one: float(one.knows_future), False, "no"),
+        FUTURE: Kind(_yes, format_count, lambda one: float(one.knows_future), False, "no"),
     }
 )
 """What a constraint may be about, by the name that a user writes before the equals sign."""

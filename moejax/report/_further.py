@@ -17,7 +17,7 @@ _HEADS: Mapping[str, tuple[str, ...]] = {
     "capacities": (),
     "gpus": ("hardware", "cache"),
     "models": ("model",),
-    "hybrids": ("link",),
+    "hybrids": ("host",),
     "top_k": ("reading",),
 }
 _ROOM = (

@@ -59,7 +59,7 @@ def _sizes(data: ReportData, sizes: Experiment) -> str:
             for one in slots
         ]
         rows.append(("*device memory*", *map(format_bytes, taken)))
-        header = (f"batch {size}", *(f"{one} slots" for one in slots))
+        header = (f"batch {size}", *(f"{one} slot{'' if one == 1 else 's'}" for one in slots))
         tables.append(markdown_table(header, rows))
     return "\n\n".join(
         (
@@ -119,7 +119,8 @@ def _by_card(gpus: Experiment, size: int) -> str:
             shown = []
             for card in cards:
                 text = _fit(gpus, found.get((name, card)), card, size)
-                shown.append(f"**{text}**" if name == fastest[card] else text)
+                is_best = name != _FUTURE and text == fastest[card]
+                shown.append(f"**{text}**" if is_best else text)
             rows.append((f"`{name}`", cache, *shown))
     return markdown_table((f"batch {size}", "slots", *cards), rows, words=("slots",))
 
@@ -135,7 +136,7 @@ def _fit(gpus: Experiment, cell: FurtherCell | None, card: str, size: int) -> st
 
 
 def _fastest(gpus: Experiment, card: str, size: int, cache: str) -> str | None:
-    """The fastest that fits and can be built."""
+    """The mean step of the fastest that fits and can be built."""
     fitting = [
         cell
         for cell in gpus.where(hardware=card, batch_size=size, cache=cache)
@@ -143,7 +144,7 @@ def _fastest(gpus: Experiment, card: str, size: int, cache: str) -> str | None:
         and _needed_bytes(gpus, cell, card, size) <= _vram_bytes(gpus, card)
     ]
     best = min(fitting, key=lambda cell: cell.mean("latency_s"), default=None)
-    return None if best is None else best.strategy
+    return None if best is None else format_seconds(best.mean("latency_s"))
 
 
 def _needed_bytes(gpus: Experiment, cell: FurtherCell, card: str, size: int) -> float:
@@ -164,10 +165,10 @@ def _fixed_bytes(room: Mapping) -> float:
 
 
 def _fitting(room: Mapping) -> str:
-    slots = room["slots_that_fit"]
+    slots, num_experts = room["slots_that_fit"], room["num_experts"]
     if slots is None:
-        return "none: not even one layer's demand"
-    return f"{slots} of {room['num_experts']}" + (", all" if slots == room["num_experts"] else "")
+        return "does not run"
+    return f"all {slots}" if slots == num_experts else f"{slots} of {num_experts}"
 
 
 def _rooms_of_models(gpus: Experiment) -> str:

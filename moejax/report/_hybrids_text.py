@@ -27,7 +27,7 @@ def hybrids_text(data: ReportData, hybrids: Experiment) -> str:
         for cell, one in zip(judged, paired, strict=True)
     ]
     header = (
-        "hybrid", "batch", "mean step", "while the host slows the link", "best of its parts",
+        "hybrid", "batch", "mean step", "on a cautious host", "best of its parts",
         "change", "95 % interval", "verdict", "hit ratio", "fetched", "speed, of the oracle's",
     )  # fmt: skip
     share = format_ratio(hybrids.settings.get("pinned_share_ratio", 0.0))
@@ -45,11 +45,11 @@ def hybrids_text(data: ReportData, hybrids: Experiment) -> str:
 
 
 def judged_cells(hybrids: Experiment) -> list[FurtherCell]:
-    """What is judged: with `host_compute` on the slowed link, without it on the idle one."""
+    """What is judged: with `host_compute` the cautious host, without it the run's own."""
     return [
         cell
         for cell in hybrids.cells
-        if cell.head["link"] == ("loaded" if _on_host(cell) else "idle")
+        if cell.head["host"] == ("cautious" if _on_host(cell) else "stated")
     ]
 
 
@@ -77,8 +77,8 @@ def _row(
     chance: float | None,
 ) -> tuple[str, ...]:
     best = best_part(data, hybrids, cell)
-    own = {one.head["link"]: one for one in hybrids.cells if _same(one, cell)}
-    slowed = format_seconds(own["loaded"].mean("latency_s")) if _on_host(cell) else NOTHING
+    own = {one.head["host"]: one for one in hybrids.cells if _same(one, cell)}
+    cautious = format_seconds(own["cautious"].mean("latency_s")) if _on_host(cell) else NOTHING
     oracle = data.summary.cell(_FUTURE, cell.batch_size, data.dispatch)
     change = interval = verdict = part = NOTHING
     if best is not None:
@@ -96,8 +96,8 @@ def _row(
     return (
         f"`{cell.strategy}`",
         str(cell.batch_size),
-        format_seconds(own["idle"].mean("latency_s")),
-        slowed,
+        format_seconds(own["stated"].mean("latency_s")),
+        cautious,
         part,
         change,
         interval,
@@ -109,19 +109,18 @@ def _row(
 
 
 def _what_host_rests_on(data: ReportData) -> str:
-    constant = data.run.constants.get("host_read_bytes_per_s")
-    rests = ""
-    if constant is not None:
-        rate = format_constant(constant["value"], str(constant["unit"]))
-        rests = (
-            f" They rest on a host that reads experts at {rate} ({constant['kind']}: "
-            f"{str(constant.get('source', '')).rstrip('.')}); with less they win less."
-        )
-    return (
-        "Hybrids with `host_compute` are judged with every copy as slow as while the host reads "
-        "experts; with an idle link, which the timeline else assumes, they would take the time in "
-        "the third column." + rests
+    constants = data.run.constants
+    said = (
+        "Hybrids with `host_compute` are judged on a cautious host, which slows every copy as a "
+        "reading host does and reads experts no faster than one thread of it copies. The third "
+        "column takes the profile at its word"
     )
+    if "host_read_bytes_per_s" not in constants:
+        return f"{said}."
+    stated = constants["host_read_bytes_per_s"]
+    rate = format_constant(stated["value"], str(stated["unit"]))
+    source = str(stated.get("source", "")).rstrip(".")
+    return f"{said}: a host that reads experts at {rate} ({stated['kind']}: {source})."
 
 
 def _against(data: ReportData, cell: FurtherCell, part: str | None) -> Paired | None:

@@ -1,8 +1,9 @@
 """What speed costs: the memory that a strategy takes, and the card that it runs on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moejax.errors import UsageError
 from moejax.units import format_bytes, format_seconds
 
 from ._data import NotDrawnError, ReportData
@@ -11,6 +12,45 @@ from ._numbers import NOTHING, format_count, format_factor, format_with_interval
 from ._summary import speedup
 
 _KNOWS_THE_FUTURE = ("oracle",)
+
+
+def parse_prices(texts: Sequence[str]) -> dict[str, float]:
+    """Reads prices such as `h100=25000` in USD; several may stand in one text, with commas.
+
+    Raises:
+      UsageError: A price is none, or a card is named twice.
+    """
+    found: dict[str, float] = {}
+    for text in (part.strip() for several in texts for part in several.split(",")):
+        card, _, price = (part.strip() for part in text.partition("="))
+        try:
+            value = float(price)
+        except ValueError:
+            value = 0.0
+        if not card or card in found or not 0 < value < float("inf"):
+            raise UsageError(
+                f"--price {text!r} is not the price of a card, or not its only one",
+                "Write --price NAME=USD, such as --price rtx-3090=700.",
+            )
+        found[card] = value
+    return found
+
+
+def check_prices(data: ReportData) -> None:
+    """Refuses the price of a card that the run knows nothing of.
+
+    Raises:
+      UsageError: It names one.
+    """
+    known = [str(data.run.hardware["name"])]
+    if "gpus" in data.run.further:
+        known += [card["name"] for card in data.run.further["gpus"].facts["cards"]]
+    for card in data.prices_usd:
+        if card not in known:
+            raise UsageError(
+                f"--price: this run has no card {card!r}",
+                f"It has {', '.join(dict.fromkeys(known))}; `moejax bench --full` adds more.",
+            )
 
 
 def price_of(data: ReportData, card: str, stated_usd: float | None) -> float | None:

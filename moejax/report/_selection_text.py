@@ -1,14 +1,16 @@
 """The section on choosing: a matrix over batch sizes, or the answer to a user's constraints."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moejax.errors import InfeasibleBudgetError
 from moejax.units import format_bytes, format_ratio, format_seconds
 
 from ._constraints import KINDS, Candidate, Constraint
 from ._data import ReportData
 from ._numbers import NOTHING, format_count, markdown_table
-from ._selection import KEEPS_NOTHING, Choice, candidates, choose, nearest
+from ._selection import KEEPS_NOTHING, Choice, candidates, choose
 
 
 class _Wish(NamedTuple):
@@ -20,6 +22,10 @@ class _Wish(NamedTuple):
     rules: tuple[str, ...] = ()
 
 
+_NO_SCORE = (
+    "Complexity is the reference study's score, its opinion; what it did not score meets no limit "
+    "on it."
+)
 _MB, _GB = 1e6, 1e9
 _WISHES = (
     _Wish("lowest mean latency", rules=("maximum performance",)),
@@ -40,17 +46,28 @@ _WISHES = (
         (Constraint("memory", 2 * _GB), Constraint("complexity", 4.0)),
     ),
     _Wish(
-        "least latency x memory",
+        "most speed for its memory, of what keeps anything",
         (),
-        lambda one: one.mean_s * one.memory_bytes,
+        lambda one: one.mean_s * one.memory_bytes if one.hit_ratio else math.inf,
         ("memory efficiency priority",),
     ),
 )
 
 
 def selection_rows(data: ReportData) -> list[dict[str, Any]]:
-    """The answer to the user's constraints for programs: a record a batch size."""
-    return [_record(size, choice) for size, choice in _choices(data).items()]
+    """The answer to the user's constraints for programs: a record a batch size.
+
+    Raises:
+      InfeasibleBudgetError: Nothing meets them at any batch size.
+    """
+    choices = _choices(data)
+    if all(choice.best is None for choice in choices.values()):
+        size = data.run.batch_sizes[0]
+        raise InfeasibleBudgetError(
+            f"nothing in this run meets {_limits(data)} at any batch size",
+            f"At batch {size}: {_nearest(choices[size])}.",
+        )
+    return [_record(size, choice) for size, choice in choices.items()]
 
 
 def selection_section(data: ReportData) -> list[str]:
@@ -90,14 +107,23 @@ def _under(data: ReportData) -> list[str]:
         "device memory", "as good", "left of all",
     )  # fmt: skip
     rows = [_row(size, choice) for size, choice in choices.items()]
-    limits = " and ".join(str(one) for one in data.constraints)
     parts = [
-        f"Wanted: {limits}. Of what meets that the fastest is named; *as good* are others whose "
-        f"interval over the same draws holds equal latency. {_chosen_among(data)}",
+        f"Wanted: {_limits(data)}. Of what meets that the fastest is named; *as good* are others "
+        f"whose interval over the same draws holds equal latency. {_chosen_among(data)}",
         markdown_table(header, rows, words=("choose", "as good")),
-        "\n".join(_exclusions(data, choices)),
+        "\n".join(
+            f"- Batch {size}: {_nearest(choice)}."
+            for size, choice in choices.items()
+            if choice.best is None
+        ),
+        _exclusions(choices) if any(choice.excluded for choice in choices.values()) else "",
+        _NO_SCORE if any(one.name == "complexity" for one in data.constraints) else "",
     ]
     return [part for part in parts if part]
+
+
+def _limits(data: ReportData) -> str:
+    return " and ".join(str(one) for one in data.constraints)
 
 
 def _row(batch_size: int, choice: Choice) -> tuple[str, ...]:
@@ -118,33 +144,32 @@ def _row(batch_size: int, choice: Choice) -> tuple[str, ...]:
     )
 
 
-def _exclusions(data: ReportData, choices: Mapping[int, Choice]) -> list[str]:
-    """What every constraint leaves out, and how near one comes where nothing is left."""
-    lines = []
-    for size, choice in choices.items():
-        among = candidates(data, size)
-        for limit, number in choice.excluded.items():
-            if not number:
-                continue
-            kept = dict.fromkeys(one.strategy for one in among if limit.is_met(one))
-            line = f"- Batch {size}: *{limit}* leaves out {number} of {choice.num_all}" + (
-                f" and keeps some of {_listed(kept)}" if kept else ", all of them"
-            )
-            closest = nearest(among, limit)
-            if not kept and closest is not None:
-                kind = KINDS[limit.name]
-                value = kind.value(closest)
-                assert value is not None
-                line += f"; the nearest is {_named(closest)} with {kind.write(value)}"
-            lines.append(line + ".")
-        if choice.best is None and all(n < choice.num_all for n in choice.excluded.values()):
-            lines.append(f"- Batch {size}: each can be met, but nothing meets all at once.")
-    if any(one.name == "complexity" for one in data.constraints):
-        lines.append(
-            "- Complexity is the reference study's score, its opinion; what it did not score "
-            "(`lru` and others) meets no limit on it."
+def _exclusions(choices: Mapping[int, Choice]) -> str:
+    """What every constraint leaves out by itself."""
+    limits = dict.fromkeys(limit for choice in choices.values() for limit in choice.excluded)
+    rows = [
+        (
+            str(limit),
+            *(f"{choice.excluded[limit]} of {choice.num_all}" for choice in choices.values()),
         )
-    return lines
+        for limit in limits
+    ]
+    return markdown_table(("leaves out", *(f"batch {size}" for size in choices)), rows)
+
+
+def _nearest(choice: Choice) -> str:
+    """How near one comes to each constraint where nothing meets all."""
+    parts = []
+    for limit, closest in choice.nearest.items():
+        kind = KINDS[limit.name]
+        value = None if closest is None else kind.value(closest)
+        if closest is None or value is None:
+            parts.append(f"nothing meets the others of {limit.name}")
+            continue
+        end = "at most" if kind.is_least else "at least"
+        parts.append(f"{limit.name} is {end} {kind.write(value)} ({_named(closest)})")
+    met = "with the other limits met, " if len(choice.nearest) > 1 else ""
+    return f"{met}{', and '.join(parts)}"
 
 
 def _matrix(data: ReportData) -> list[str]:
@@ -177,9 +202,8 @@ def _matrix(data: ReportData) -> list[str]:
         "the future is left out. `moejax report DIR --constraint memory=500MB --constraint "
         "complexity=4` asks with limits of your own.",
         markdown_table(header, rows, words=words),
-        f"{most}Complexity is the reference study's score, its opinion; what it did not score "
-        "meets no limit on it. The study's rule is its advice for the like of that wish, by its "
-        "own figures.",
+        f"{most}{_NO_SCORE} The study's rule is its advice for the like of that wish, by its own "
+        "figures.",
     ]
 
 
@@ -201,14 +225,15 @@ def _chosen_among(data: ReportData) -> str:
     draws = sizes.settings.get("num_runs")
     return (
         f"Chosen among the strategies of this run with its own slots and with "
-        f"{', '.join(str(one) for one in slots)} a layer ({draws} draws of requests)."
+        f"{', '.join(str(one) for one in slots)} a layer, all on the same {draws} draws of "
+        "requests."
     )
 
 
 def _named(one: Candidate) -> str:
     if one.strategy == KEEPS_NOTHING:
         return f"`{one.strategy}`"
-    return f"`{one.strategy}` with {one.slots:g} slots"
+    return f"`{one.strategy}` with {one.slots:g} slot{'' if one.slots == 1 else 's'}"
 
 
 def _as_list(value: str | Sequence[str]) -> Sequence[str]:

@@ -43,7 +43,9 @@ def _scores(data: ReportData) -> str:
             format_ratio(best.latency_s.mean / cell.latency_s.mean),
             _share(cell.hit_ratio.mean, best.hit_ratio.mean),
             _percent(claimed_hits.get(cell.key.strategy)),
-            _share(best.memory_bytes.mean, cell.memory_bytes.mean),
+            _share(best.memory_bytes.mean, cell.memory_bytes.mean)
+            if cell.hit_ratio.mean
+            else NOTHING,
             _percent(claimed_memory.get(cell.key.strategy)),
             format_count(cell.hit_ratio_per_gb.mean),
         )
@@ -56,8 +58,8 @@ def _scores(data: ReportData) -> str:
     return (
         f"{markdown_table(header, rows)}\n\nBatch {size}. Scores are the study's: hits over the "
         "oracle's, and the oracle's memory over the strategy's. Here all have the same slots, so "
-        "memory sets no two apart but `on_demand`, which keeps nothing; and hits are not speed: "
-        "the first column is."
+        "memory sets no two of those apart that keep anything; and hits are not speed: the first "
+        "column is."
     )
 
 
@@ -70,7 +72,12 @@ def _money(data: ReportData) -> str:
             missing.append(str(reason))
     if not parts:
         raise NotDrawnError("; ".join(missing))
-    return "\n\n".join((*parts, *(f"Left out: {reason}." for reason in missing)))
+    claimed = data.claims["roi"]
+    said = (
+        f"The study claims {claimed['oracle_memory_cost_usd']} USD of memory and a return of "
+        f"{claimed['oracle_roi']} for `oracle`, for experts counted once instead of in every layer."
+    )
+    return "\n\n".join((*parts, *(f"Left out: {reason}." for reason in missing), said))
 
 
 def _fronts(data: ReportData) -> str:

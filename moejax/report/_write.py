@@ -16,6 +16,7 @@ from moejax.results import write_bytes, write_text
 from ._constraints import Constraint
 from ._data import NotDrawnError, load_data
 from ._markdown import report_markdown
+from ._money import check_prices
 from .figures import FIGURES, STYLE
 
 PNG_DOTS_PER_INCH = 200
@@ -46,10 +47,11 @@ def write_report(
 
     Raises:
       BadFileError: `results.json` or `plan.json` is missing, damaged or inconsistent.
-      UsageError: The folder cannot be written to.
+      UsageError: The folder cannot be written to, or a price is that of a card not in the run.
     """
     folder = Path(folder)
     data = dataclasses.replace(load_data(folder), constraints=constraints, prices_usd=prices_usd)
+    check_prices(data)
     drawn: list[str] = []
     not_drawn: dict[str, str] = {}
     for index, (name, draw) in enumerate(FIGURES.items()):

@@ -12,7 +12,7 @@ from moejax.strategies import STRATEGIES, Profile
 
 from ._cells import Wanted, ends, simulate_cells, told
 from ._gpus import cells_of_cards, describe_card, load_cards, room_on, rooms_of_models
-from ._hybrids import HYBRIDS, loaded
+from ._hybrids import HYBRIDS, cautious
 from ._models import cells_of_shares, describe, run_other_model
 from ._top_k import run_top_k
 
@@ -82,8 +82,8 @@ def run_further(
     hybrids = simulate_cells(
         {name: hybrid.make(profile, share_ratio) for name, hybrid in HYBRIDS.items()},
         [
-            Wanted(machine, size, settings.slots, {"link": link})
-            for link, machine in (("idle", hardware), ("loaded", loaded(hardware)))
+            Wanted(machine, size, settings.slots, {"host": host})
+            for host, machine in (("stated", hardware), ("cautious", cautious(hardware)))
             for size in sizes
         ],
         model,

@@ -69,13 +69,20 @@ HYBRIDS: Mapping[str, Hybrid] = MappingProxyType(
 transitions."""
 
 
-def loaded(hardware: Hardware) -> Hardware:
-    """The machine while its host reads experts: copies are as slow then as it says.
+def cautious(hardware: Hardware) -> Hardware:
+    """The machine as slow as its own constants allow while the host computes experts.
 
-    The timeline copies at the idle link's rate even while the host computes, so a hybrid that
-    computes there lies between this machine, on which every copy is slowed, and the idle one.
+    The timeline copies at the idle link's rate even then, and takes the rate at which the host
+    reads experts as stated. Here every copy is as slow as beside a reading host, and the host
+    reads no faster than one thread of it copies.
     """
-    name = "pinned_h2d_bytes_per_s"
-    idle = hardware.constants[name]
-    slowed = dataclasses.replace(idle, value=idle.value * hardware.value("contention_ratio"))
-    return dataclasses.replace(hardware, constants={**hardware.constants, name: slowed})
+    link, read = "pinned_h2d_bytes_per_s", "host_read_bytes_per_s"
+    slowest = {
+        link: hardware.value(link) * hardware.value("contention_ratio"),
+        read: min(hardware.value(read), hardware.value("host_copy_bytes_per_s")),
+    }
+    changed = {
+        name: dataclasses.replace(hardware.constants[name], value=value)
+        for name, value in slowest.items()
+    }
+    return dataclasses.replace(hardware, constants={**hardware.constants, **changed})

@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from .._data import NotDrawnError, ReportData
 from .._further import Experiment
@@ -72,7 +73,7 @@ def cards(data: ReportData) -> Figure:
     ):
         for index, name in enumerate(names):
             fitting = experiment.where(strategy=name, batch_size=size, cache="all that fit")
-            shift = 0.11 * (index - (len(names) - 1) / 2)
+            shift = 0.13 * (index - (len(names) - 1) / 2)
             x = [order.index(cell.head["hardware"]) + shift for cell in fitting]
             rates = [size / cell.mean("latency_s") for cell in fitting]
             axes.plot(x, rates, **line_look(name) | {"linestyle": "", "markersize": 6})
@@ -112,6 +113,7 @@ def hybrids(data: ReportData) -> Figure:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         percent_axis(axes.xaxis)
         axes.set_xlabel("change of the mean step")
         axes.set_title(f"{letter}  batch {size}")
@@ -119,9 +121,12 @@ def hybrids(data: ReportData) -> Figure:
         part for cell in judged_cells(experiment) if (part := best_part(data, experiment, cell))
     )
     handles = [
-        Line2D([], [], label=f"beside {name}", **line_look(name) | {"linestyle": ""})
+        Line2D(
+            [], [], linestyle="", marker=look(name).marker, color=look(name).colour,
+            markersize=7, label=f"beside {name}",
+        )
         for name in used
-    ]
+    ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     return figure
 

@@ -100,21 +100,24 @@ def _without_spread(num_pairs, differences, mean: float, low: float, high: float
 
 
 def _signed_rank(differences: Float[np.ndarray, " pairs"]) -> float:
+    """Exact with ties too: the chance of every sum of ranks under random signs."""
     differences = differences[differences != 0]
-    if not len(differences):
-        return 1.0
-    # All signs are tried where that takes no more than a moment; ties are then exact as well.
-    is_few = len(differences) <= 13
-    method = stats.PermutationMethod(n_resamples=np.inf) if is_few else "auto"
-    return float(stats.wilcoxon(differences, method=method).pvalue)
+    # Ties share mean ranks, which are halves: doubled they are whole.
+    ranks = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)
+    chances = np.ones(1)
+    for rank in ranks:
+        chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2
+    found = ranks[differences > 0].sum()
+    tail = min(chances[: found + 1].sum(), chances[found:].sum())
+    return min(1.0, 2 * float(tail))
 
 
 def _hedges_correction(num_degrees: int) -> float:
-    return math.exp(
-        special.gammaln(num_degrees / 2)
-        - special.gammaln((num_degrees - 1) / 2)
-        - math.log(math.sqrt(num_degrees / 2))
-    ) if num_degrees > 1 else math.nan  # fmt: skip
+    """Undefined for two pairs, whose standard deviation has no expected inverse."""
+    if num_degrees < 2:
+        return math.nan
+    logs = special.gammaln(num_degrees / 2) - special.gammaln((num_degrees - 1) / 2)
+    return math.exp(logs) / math.sqrt(num_degrees / 2)
 
 
 def _noncentrality_interval(t: float, num_degrees: int) -> tuple[float, float]:
@@ -129,8 +132,9 @@ def _noncentrality_interval(t: float, num_degrees: int) -> tuple[float, float]:
     low, high = centres.min() - 8, centres.max() + 8
 
     def quantile(chance: float) -> float:
-        return float(
-            optimize.brentq(lambda d: special.ndtr(d - centres).mean() - chance, low, high)
+        found = optimize.root_scalar(
+            lambda d: special.ndtr(d - centres).mean() - chance, bracket=(low, high)
         )
+        return float(found.root)
 
     return quantile(tail), quantile(1 - tail)
