@@ -158,7 +158,8 @@ def _cards(data: ReportData) -> str:
 def _hybrids(data: ReportData) -> str:
     return (
         "Change of the mean step by wrapping a strategy, beside the best of its parts on the same "
-        "draws; left of the line is faster. `host_compute` is judged on a cautious host."
+        "draws; left of the line is faster. Hollow: on a cautious host, which slows copies and "
+        "computes slowly."
     )
 
 

@@ -90,9 +90,11 @@ def _meeting(among: Sequence[Candidate], limits: Sequence[Constraint]) -> list[C
 
 def _nearest(among: Sequence[Candidate], limit: Constraint) -> Candidate | None:
     kind = KINDS[limit.name]
-    known = [(value, one) for one in among if (value := kind.value(one)) is not None]
-    choose_end = max if kind.is_least else min
-    return choose_end(known, key=lambda pair: pair[0])[1] if known else None
+    sign = -1.0 if kind.is_least else 1.0
+    known = [
+        (sign * value, one.mean_s, one) for one in among if (value := kind.value(one)) is not None
+    ]
+    return min(known, key=lambda found: found[:2])[-1] if known else None
 
 
 def _other_sizes(data: ReportData, batch_size: int) -> list[FurtherCell]:

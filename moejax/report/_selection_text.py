@@ -65,7 +65,7 @@ def selection_rows(data: ReportData) -> list[dict[str, Any]]:
         size = data.run.batch_sizes[0]
         raise InfeasibleBudgetError(
             f"nothing in this run meets {_limits(data)} at any batch size",
-            f"At batch {size}: {_nearest(choices[size])}.",
+            f"Relax a limit. At batch {size}: {_nearest(choices[size])}.",
         )
     return [_record(size, choice) for size, choice in choices.items()]
 

@@ -19,6 +19,7 @@ from ._numbers import (
 )
 from ._summary import Cell, CellKey, Estimate
 from .statistics import (
+    LEVEL_RATIO,
     NUM_RESAMPLES,
     Interaction,
     Paired,
@@ -27,9 +28,6 @@ from .statistics import (
     holm,
     interaction,
 )
-
-LEVEL_RATIO = 0.05
-"""Chance of a false alarm among all tests of a table."""
 
 _PLAIN = "lru"
 

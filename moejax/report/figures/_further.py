@@ -8,8 +8,8 @@ from matplotlib.ticker import MaxNLocator
 
 from .._data import NotDrawnError, ReportData
 from .._further import Experiment
-from .._hybrids_text import best_part, judged_cells, latencies_s
-from .._palette import FAINT, INK, look
+from .._hybrids import Judged, judge_hybrids
+from .._palette import INK, look
 from .._selection import candidates
 from ._canvas import (
     byte_unit,
@@ -94,47 +94,49 @@ def hybrids(data: ReportData) -> Figure:
       NotDrawnError: The run has no hybrids, or none of their parts.
     """
     experiment = _experiment(data, "hybrids")
+    judged = [one for one in judge_hybrids(data, experiment) if one.part is not None]
+    if not judged:
+        raise NotDrawnError("the run has none of the hybrids' parts")
     figure = new_figure(3.1)
     panels = _ends(experiment)
-    rows = list(dict.fromkeys(cell.strategy for cell in experiment.cells))
+    rows = list(dict.fromkeys(one.cell.strategy for one in judged))
     for axes, size, letter in zip(
         np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, "ab", strict=False
     ):
-        found = [cell for cell in judged_cells(experiment) if cell.batch_size == size]
-        parts = [best_part(data, experiment, cell) for cell in found]
-        if not any(parts):
-            raise NotDrawnError("the run has none of the hybrids' parts")
-        for cell, part in zip(found, parts, strict=True):
-            if part is not None:
-                change = cell.mean("latency_s") / latencies_s(data, part, size).mean() - 1
-                _draw_change(axes, rows.index(cell.strategy), change, part)
-        axes.axvline(0, color=INK, linewidth=0.8)
+        for one in judged:
+            if one.cell.batch_size == size:
+                _draw_changes(axes, rows.index(one.cell.strategy), one)
+        axes.axvline(0, color=INK, linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         percent_axis(axes.xaxis)
         axes.set_xlabel("change of the mean step")
         axes.set_title(f"{letter}  batch {size}")
-    used = dict.fromkeys(
-        part for cell in judged_cells(experiment) if (part := best_part(data, experiment, cell))
-    )
     handles = [
         Line2D(
-            [], [], linestyle="", marker=look(name).marker, color=look(name).colour,
-            markersize=7, label=f"beside {name}",
+            [], [], linestyle="", marker=look(part).marker, color=look(part).colour,
+            markersize=7, label=f"beside {part}",
         )
-        for name in used
+        for part in dict.fromkeys(one.part for one in judged if one.part is not None)
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     return figure
 
 
-def _draw_change(axes: Axes, row: int, change: float, part: str) -> None:
-    chosen = look(part)
-    axes.plot([0, change], [row, row], color=FAINT, linewidth=1.2)
-    axes.plot([change], [row], chosen.marker, color=chosen.colour, markersize=7, clip_on=False)
+def _draw_changes(axes: Axes, row: int, one: Judged) -> None:
+    """Filled on the run's own machine, hollow on a cautious host, a line between them."""
+    assert one.part is not None
+    chosen = look(one.part)
+    places = [change.ratio for change in one.changes.values()]
+    axes.plot(places, [row] * len(places), color=chosen.colour, linewidth=1.2, alpha=0.5)
+    for host, change in one.changes.items():
+        axes.plot(
+            [change.ratio], [row], chosen.marker, color=chosen.colour, markersize=7,
+            clip_on=False, markerfacecolor="white" if host == "cautious" else chosen.colour,
+        )  # fmt: skip
 
 
 def _experiment(data: ReportData, name: str) -> Experiment:

@@ -8,6 +8,7 @@ from ._bootstrap import resamples as resamples
 from ._interaction import Interaction as Interaction
 from ._interaction import Source as Source
 from ._interaction import interaction as interaction
+from ._paired import LEVEL_RATIO as LEVEL_RATIO
 from ._paired import Paired as Paired
 from ._paired import compare_paired as compare_paired
 from ._paired import holm as holm

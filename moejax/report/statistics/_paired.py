@@ -14,6 +14,9 @@ from scipy import optimize, special, stats
 
 from ._bootstrap import CONFIDENCE_RATIO, bootstrap_interval
 
+LEVEL_RATIO = 0.05
+"""Chance of any false alarm among the tests of one table."""
+
 # Differences that agree to so many digits have no spread but rounding.
 _ROUNDING_RATIO = 1e-9
 _NUM_QUANTILES = 4_000
