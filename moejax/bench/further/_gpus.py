@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moejax.cards import HARDWARE, Hardware, ModelSpec, load_hardware, load_model
-from moejax.cost import estimate
+from moejax.cost import workspace_bytes
 from moejax.workloads import WORKLOADS
 
 from ._cells import Wanted
@@ -48,13 +48,16 @@ def room_on(
       Sizes, and `slots_that_fit` in every layer: None where a step cannot run at all. Unless all
       experts fit, the largest demand of one layer needs room to pass through.
     """
-    taken = estimate(card, model, batch_size=batch_size, context_tokens=context_tokens)
-    fixed_bytes = taken.dense_bytes + taken.kv_bytes + taken.workspace_bytes
+    fixed_bytes = {
+        "dense_bytes": model.dense_bytes,
+        "kv_bytes": batch_size * context_tokens * model.kv_bytes_per_token,
+        "workspace_bytes": workspace_bytes(model, batch_size),
+    }
     if layer_bytes is None:
         layer_bytes = model.num_moe_layers * model.expert_bytes
     most_demanded = min(model.num_experts, batch_size * model.num_experts_per_tok)
     staging_bytes = most_demanded * model.expert_bytes
-    left_bytes = card.value("vram_bytes") - fixed_bytes
+    left_bytes = card.value("vram_bytes") - sum(fixed_bytes.values())
     slots: int | None = None
     if left_bytes >= model.num_experts * layer_bytes:
         slots = model.num_experts
@@ -65,9 +68,7 @@ def room_on(
         "model": model.name,
         "batch_size": batch_size,
         "context_tokens": context_tokens,
-        "dense_bytes": taken.dense_bytes,
-        "kv_bytes": taken.kv_bytes,
-        "workspace_bytes": taken.workspace_bytes,
+        **fixed_bytes,
         "staging_bytes": staging_bytes,
         "num_experts": model.num_experts,
         "slots_that_fit": slots,

@@ -4,6 +4,7 @@ The simulator is deterministic and no noise is added: pairs differ only because 
 do. Effects in units of that spread are therefore large wherever a strategy always wins.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -129,8 +130,7 @@ def _noncentrality_interval(t: float, num_degrees: int) -> tuple[float, float]:
     T <= t is Z + d <= t sqrt(V / n), so that the d with a given chance of it is a quantile of
     t sqrt(V / n) - Z; the mean over quantiles of V holds where a noncentral t overflows.
     """
-    chances = (np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES
-    centres = t * np.sqrt(stats.chi2.ppf(chances, num_degrees) / num_degrees)
+    centres = t * _spread_quantiles(num_degrees)
     tail = (1 - CONFIDENCE_RATIO) / 2
     low, high = centres.min() - 8, centres.max() + 8
 
@@ -141,3 +141,10 @@ def _noncentrality_interval(t: float, num_degrees: int) -> tuple[float, float]:
         return float(found.root)
 
     return quantile(tail), quantile(1 - tail)
+
+
+@functools.cache
+def _spread_quantiles(num_degrees: int) -> Float[np.ndarray, " quantiles"]:
+    """Of an estimated standard deviation over the true one."""
+    chances = (np.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES
+    return np.sqrt(stats.chi2.ppf(chances, num_degrees) / num_degrees)
