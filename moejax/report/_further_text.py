@@ -214,14 +214,14 @@ def _models(data: ReportData, models: Experiment) -> str:
     if not switch:
         return text
     hits = max(cell.mean("hit_ratio") for cell in switch if cell.strategy != _FUTURE)
-    gains = [_speedup(cell, models.cells) for cell in switch if cell.strategy != _NOTHING_KEPT]
-    most = max(gain for gain in gains if gain is not None)
+    gains = [gain for cell in switch if (gain := _speedup(cell, models.cells)) is not None]
+    most = format_factor(max(gains)) if gains else NOTHING
     return (
         f"{text}\n\nThe study claims speedups of {format_factor(claimed['min_speedup'])} to "
         f"{format_factor(claimed['max_speedup'])} and more than "
         f"{format_ratio(claimed['hit_rate_percent_over'] / 100)} hits for Switch. Of what can be "
         f"built, the most hits here are {format_ratio(hits)}; the most speedup, the oracle's "
-        f"included, is {format_factor(most)}. One expert a token leaves little to fetch at batch "
+        f"included, is {most}. One expert a token leaves little to fetch at batch "
         "1, so little to gain; a batch demands more of a layer's many experts."
     )
 

@@ -13,6 +13,9 @@ from .statistics import LEVEL_RATIO, Paired, bootstrap_interval, compare_paired,
 HOSTS = ("stated", "cautious")
 """The run's own machine, and one as slow as its constants allow while the host computes."""
 
+DISPATCH = "batched"
+"""That of all experiments of `--full`."""
+
 DEPENDS = "depends on the host"
 
 _ON_HOST = "host_compute"
@@ -93,7 +96,7 @@ def computes_on_host(name: str) -> bool:
 
 def latencies_s(data: ReportData, strategy: str, batch_size: int) -> Float[np.ndarray, " draws"]:
     """Mean step latency of a strategy of the grid on every draw."""
-    rows = data.summary.records[CellKey(strategy, batch_size, data.dispatch)]
+    rows = data.summary.records[CellKey(strategy, batch_size, DISPATCH)]
     return np.array([row.latency_s.mean for row in rows])
 
 
@@ -101,7 +104,7 @@ def _best_part(data: ReportData, hybrids: Experiment, name: str, batch_size: int
     found = {
         part: latencies_s(data, part, batch_size).mean()
         for part in hybrids.facts["parts"].get(name, ())
-        if CellKey(part, batch_size, data.dispatch) in data.summary.records
+        if CellKey(part, batch_size, DISPATCH) in data.summary.records
     }
     return min(found, key=found.__getitem__, default=None)
 

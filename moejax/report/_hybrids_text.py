@@ -7,7 +7,7 @@ from moejax.units import format_bytes, format_change, format_ratio, format_secon
 
 from ._data import ReportData
 from ._further import Experiment
-from ._hybrids import DEPENDS, Change, Judged, computes_on_host, judge_hybrids
+from ._hybrids import DEPENDS, DISPATCH, Change, Judged, computes_on_host, judge_hybrids
 from ._numbers import NOTHING, format_constant, markdown_table
 from .statistics import LEVEL_RATIO
 
@@ -43,7 +43,7 @@ def hybrids_text(data: ReportData, hybrids: Experiment) -> str:
 
 def _row(data: ReportData, one: Judged) -> tuple[str, ...]:
     cell, cautious = one.cell, one.changes.get("cautious")
-    oracle = data.summary.cell(_FUTURE, cell.batch_size, data.dispatch)
+    oracle = data.summary.cell(_FUTURE, cell.batch_size, DISPATCH)
     return (
         f"`{cell.strategy}`",
         str(cell.batch_size),
