@@ -254,21 +254,20 @@ def _top_k(data: ReportData, top_k: Experiment) -> str:
     own = data.claims["model"]["num_experts_per_tok"]
     pins = [cell for cell in top_k.cells if cell.head["num_experts_per_tok"] == own]
     routed = top_k.where(reading="routed")
-    return "\n\n".join(
-        (
-            'The study leaves the effect of "top-K values 4, 8, 16" open. Top-K is the name of '
-            "its strategy, whose K is 32, so K is read as what it pins; since 8 is also what its "
-            "model routes a token to, the other reading follows. In its geometry, "
-            f"{_draws(top_k)}.",
-            "K experts of every layer pinned, and the others with as many slots:",
-            _by_value(top_k, pins, lambda cell: cell.slots, "K"),
-            f"K experts a token, with {routed[0].slots} slots in every layer; the workload was "
-            f"fitted for {own} and is not fitted again, so this is a change of the recipe, not of "
-            "a model:",
-            _by_value(top_k, routed, lambda cell: cell.head["num_experts_per_tok"], "top"),
-            _top_k_in_words(pins, routed),
-        )
+    parts = (
+        'The study leaves the effect of "top-K values 4, 8, 16" open. Top-K is the name of '
+        "its strategy, whose K is 32, so K is read as what it pins; since 8 is also what its "
+        "model routes a token to, the other reading follows. In its geometry, "
+        f"{_draws(top_k)}.",
+        "K experts of every layer pinned, and the others with as many slots:",
+        _by_value(top_k, pins, lambda cell: cell.slots, "K"),
+        f"K experts a token, with {routed[0].slots} slots in every layer; the workload was "
+        f"fitted for {own} and is not fitted again, so this is a change of the recipe, not of "
+        "a model:",
+        _by_value(top_k, routed, lambda cell: cell.head["num_experts_per_tok"], "top"),
+        _top_k_in_words(pins, routed),
     )
+    return "\n\n".join(part for part in parts if part)
 
 
 def _by_value(top_k: Experiment, cells: Sequence[FurtherCell], value: Callable, letter: str) -> str:

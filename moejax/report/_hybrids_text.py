@@ -22,7 +22,6 @@ def hybrids_text(data: ReportData, hybrids: Experiment) -> str:
         "change there", "verdict", "hit ratio", "fetched", "speed, of the oracle's",
     )  # fmt: skip
     share = format_ratio(hybrids.settings.get("pinned_share_ratio", 0.0))
-    num_tests = sum(len(one.changes) for one in judged)
     return "\n\n".join(
         (
             f"`pinned` keeps the profile's hottest {share} of a layer's experts for good; "
@@ -35,8 +34,7 @@ def hybrids_text(data: ReportData, hybrids: Experiment) -> str:
                 [_row(data, one) for one in judged],
                 words=("best of its parts", "verdict"),
             ),
-            f"{_in_words(judged)} Verdicts by paired t tests, corrected by Holm's method over "
-            f"{num_tests} at {format_ratio(LEVEL_RATIO)}. {_what_host_rests_on(data)}",
+            f"{_in_words(judged)} {_what_host_rests_on(data)}",
         )
     )
 
@@ -70,6 +68,8 @@ def _change(change: Change | None) -> str:
 
 def _in_words(judged: Sequence[Judged]) -> str:
     """How often hybrids beat their parts, by kind."""
+    if not any(one.verdict for one in judged):
+        return "One draw of requests gives no verdicts."
     sentences = []
     for kind, is_on_host in (("Without `host_compute`", False), ("With it", True)):
         some = [one for one in judged if one.changes and _on_host(one) == is_on_host]
@@ -87,6 +87,11 @@ def _in_words(judged: Sequence[Judged]) -> str:
         if depending:
             said += f"; in {depending} it depends on the host"
         sentences.append(f"{said}.")
+    num_tests = sum(len(one.changes) for one in judged)
+    sentences.append(
+        f"Verdicts by paired t tests, corrected by Holm's method over {num_tests} at "
+        f"{format_ratio(LEVEL_RATIO)}."
+    )
     return " ".join(sentences)
 
 

@@ -225,8 +225,8 @@ def _chosen_among(data: ReportData) -> str:
     draws = sizes.settings.get("num_runs")
     return (
         f"Chosen among the strategies of this run with its own slots and with "
-        f"{', '.join(str(one) for one in slots)} a layer, all on the same {draws} draws of "
-        "requests."
+        f"{', '.join(str(one) for one in slots)} a layer, all on the same draws of requests "
+        f"({draws})."
     )
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from moejax.bench._grid import GridSettings, Progress, total_steps
 from moejax.bench._requests import draw_profile, draw_synthetic
-from moejax.bench.audit import STUDY_HARDWARE, STUDY_MODEL, STUDY_WORKLOAD
+from moejax.bench.audit import BASELINE, STUDY_HARDWARE, STUDY_MODEL, STUDY_WORKLOAD
 from moejax.cards import load_hardware, load_model
-from moejax.claims import load_claims
+from moejax.claims import STRATEGIES_OF_STUDY, load_claims
 from moejax.strategies import STRATEGIES, learn_profile
 from moejax.workloads import WORKLOADS
 
@@ -18,7 +18,7 @@ VALUES = (4, 8, 16)
 
 
 def run_top_k(settings: GridSettings, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Both readings of the study's "top-K values 4, 8, 16", in its own geometry.
+    """Both readings of the study's "top-K values 4, 8, 16", in its geometry, of its strategies.
 
     `pins`: the K of its strategy Top-K, which it gives as 32, with caches of K slots a layer.
     `routed`: the experts of a token, of which its model has 8, with 32 slots a layer.
@@ -27,7 +27,8 @@ def run_top_k(settings: GridSettings, *, progress: Progress | None = None) -> di
     workload = WORKLOADS[STUDY_WORKLOAD]
     stated = load_claims()["cache_slots"]["l1"]
     sizes = ends(settings.batch_sizes)
-    settings = dataclasses.replace(settings, batch_sizes=sizes)
+    names = (*STRATEGIES_OF_STUDY, BASELINE)
+    settings = dataclasses.replace(settings, batch_sizes=sizes, strategies=names)
 
     def cells(num_experts_per_tok: int, slots: dict[int, str]) -> list[dict[str, Any]]:
         routed = dataclasses.replace(workload, num_experts_per_tok=num_experts_per_tok)
@@ -49,7 +50,7 @@ def run_top_k(settings: GridSettings, *, progress: Progress | None = None) -> di
             for number, reading in slots.items()
             for size in sizes
         ]
-        strategies = {name: STRATEGIES[name].make(profile) for name in settings.strategies}
+        strategies = {name: STRATEGIES[name].make(profile) for name in names}
         what = f"top-k {num_experts_per_tok}"
         return simulate_cells(
             strategies, wanted, card, draws, settings, what=what, progress=progress
