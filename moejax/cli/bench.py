@@ -131,7 +131,7 @@ def bench(
     full: Annotated[
         bool,
         typer.Option(
-            "--full", help="--audit, and cache sizes, cards, Switch, hybrids, K: about 2 minutes."
+            "--full", help="--audit, and cache sizes, cards, Switch, hybrids, K: minutes more."
         ),
     ] = False,
     engine: EngineOption = False,

@@ -1,5 +1,6 @@
 """Cells of any machine and cache size, simulated on the draws of a grid."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,12 +31,14 @@ class Wanted:
       batch_size: Requests that decode in lockstep.
       slots: Device slots of each layer.
       head: What tells its records from others besides strategy, batch size and slots.
+      most_runs: Only so many of the draws; None takes all.
     """
 
     hardware: Hardware
     batch_size: int
     slots: tuple[int, ...]
     head: Mapping[str, Any] = field(default_factory=dict)
+    most_runs: int | None = None
 
 
 def simulate_cells(
@@ -65,11 +68,10 @@ def simulate_cells(
     """
     sizes = dict.fromkeys(one.batch_size for one in wanted)
     routed = {size: [make_lane(d, size, "batched", settings) for d in draws] for size in sizes}
-    points = [(one, run) for one in wanted for run in range(len(draws))]
+    points = [(one, run) for one in wanted for run in range(len(draws))[: one.most_runs]]
     clocks = [
         make_clock(one.hardware, model, draws[0], one.batch_size, "batched", settings)
-        for one in wanted
-        for _ in draws
+        for one, _ in points
     ]
     cells = []
     for index, (name, strategy) in enumerate(strategies.items()):
@@ -83,12 +85,12 @@ def simulate_cells(
             seeds=[settings.seed + run for _, run in points],
             topk=draws[0].topk,
         )
-        for number, one in enumerate(wanted):
-            chosen = slice(number * len(draws), (number + 1) * len(draws))
+        simulated = iter(zip(records, clocks, strict=True))
+        for one in wanted:
             here = replace(settings, slots=one.slots)
             runs = [
                 summarise(record, clock, here, batch_size=one.batch_size, dispatch="batched")
-                for record, clock in zip(records[chosen], clocks[chosen], strict=True)
+                for record, clock in itertools.islice(simulated, len(draws[: one.most_runs]))
             ]
             head = {"strategy": name, "batch_size": one.batch_size, "slots": max(one.slots)}
             cells.append(head | dict(one.head) | by_run(runs))

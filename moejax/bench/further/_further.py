@@ -11,13 +11,20 @@ from moejax.results import to_plain
 from moejax.strategies import STRATEGIES, Profile
 
 from ._cells import Wanted, ends, simulate_cells, told
-from ._gpus import cells_of_cards, describe_card, load_cards, room_on, rooms_of_models
+from ._gpus import (
+    MOST_RUNS,
+    cells_of_cards,
+    describe_card,
+    load_cards,
+    room_on,
+    rooms_of_models,
+)
 from ._hybrids import HYBRIDS, cautious
 from ._models import cells_of_shares, describe, run_other_model
 from ._top_k import run_top_k
 
 _MOST_RUNS = 3
-"""Draws of all experiments but the hybrids, which have those of the grid to be compared with."""
+"""Draws but for cards, which have fewer, and hybrids, which have all that they are paired with."""
 
 _FEW_SLOTS = (1, 2, 4, 8)
 _SHARES_RATIO = (0.25, 0.75)
@@ -99,7 +106,7 @@ def run_further(
     found = {
         "capacities": {"settings": told(few), "cells": cells["capacities"]},
         "gpus": {
-            "settings": told(few),
+            "settings": told(few) | {"num_runs": MOST_RUNS},
             "cards": [describe_card(card) for card in cards],
             "rooms": rooms,
             "rooms_of_models": rooms_of_models(cards, sizes, settings.context_tokens),

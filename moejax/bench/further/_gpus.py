@@ -9,6 +9,9 @@ from moejax.workloads import WORKLOADS
 
 from ._cells import Wanted
 
+MOST_RUNS = 1
+"""Draws of requests; cards differ by far more than draws."""
+
 
 def load_cards() -> list[Hardware]:
     """Every shipped profile of a GPU, smallest memory first."""
@@ -108,6 +111,7 @@ def cells_of_cards(
                 room["batch_size"],
                 chosen,
                 {"hardware": room["hardware"], "cache": cache},
+                MOST_RUNS,
             )
             for cache, chosen in choices.items()
         ]
