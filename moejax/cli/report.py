@@ -1,6 +1,7 @@
 """`moejax report`: a bench run as a page with figures."""
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +17,31 @@ from ._progress import say, show_progress
 from .bench import REPORTS, bench, new_folder
 
 _RUN_FILE = "results.json"
+_SHOWN = (
+    *("batch_size", "strategy", "slots", "latency_s", "p99_s", "tokens_per_s", "hit_ratio"),
+    *("memory_bytes", "ties", "num_left", "num_candidates"),
+)
 
 
 def report(
     folder: Annotated[
         Path | None,
         typer.Argument(metavar="DIR", help="Run folder; default: the newest under reports/."),
+    ] = None,
+    constraint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--constraint",
+            metavar="NAME=LIMIT",
+            help="What a strategy must meet to be chosen: memory=500MB, complexity=4, "
+            "latency=40ms, p99=60ms, hit=0.5, throughput=30, future=no; may be repeated.",
+        ),
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--price", metavar="CARD=USD", help="What a card costs, for money; may be repeated."
+        ),
     ] = None,
     runs: Annotated[
         tuple[Path, Path] | None,
@@ -36,12 +56,19 @@ def report(
     """Write report.md, report.html and figures/ from a run's results.json.
 
     The HTML is the whole report in one file. Without DIR it takes the newest run under reports/,
-    or runs the default bench first. --compare sets the step latencies of two runs of a model
-    side by side and writes nothing but --out.
+    or runs the default bench first. With --constraint the report, and stdout, say which strategy
+    to choose for every batch size. --compare sets the step latencies of two runs of a model side
+    by side, chooses nothing and writes nothing but --out.
 
-    Example: moejax report reports/first
+    Example: moejax report reports/first --constraint memory=2GB
     """
-    from moejax.report import write_report
+    from moejax.report import (
+        load_data,
+        parse_constraints,
+        parse_prices,
+        selection_rows,
+        write_report,
+    )
 
     if runs is not None:
         if folder is not None:
@@ -52,6 +79,7 @@ def report(
         return
     if out is not None:
         raise UsageError("--out has no meaning without --compare", "A report lies beside its run.")
+    constraints, prices_usd = parse_constraints(constraint or ()), parse_prices(price or ())
     if folder is None:
         folder = _newest_run()
     if folder is None:
@@ -65,13 +93,20 @@ def report(
             f"{folder} holds no {_RUN_FILE}", "Make a run with `moejax bench --out DIR`."
         )
     with show_progress("drawing") as progress:
-        page = write_report(folder, progress=progress)
-    places = {
-        "report": page,
-        "page": page.with_suffix(".html"),
-        "figures": folder / "figures",
-    }
-    emit({name: str(place) for name, place in places.items()}, output)
+        page = write_report(
+            folder, constraints=constraints, prices_usd=prices_usd, progress=progress
+        )
+    if not constraints:
+        places = {
+            "report": page,
+            "page": page.with_suffix(".html"),
+            "figures": folder / "figures",
+        }
+        emit({name: str(place) for name, place in places.items()}, output)
+        return
+    say(f"wrote {page} and {page.with_suffix('.html')}")
+    rows = selection_rows(dataclasses.replace(load_data(folder), constraints=constraints))
+    emit(rows, output, columns=_SHOWN)
 
 
 def _newest_run() -> Path | None:

@@ -9,15 +9,8 @@ import numpy as np
 from moejax.errors import UsageError
 
 from ._run import BenchRun, Record
-from ._summary import (
-    CONFIDENCE_RATIO,
-    NUM_RESAMPLES,
-    CellKey,
-    Estimate,
-    estimate,
-    ratio_of_pairs,
-    summarise,
-)
+from ._summary import CellKey, Estimate, estimate, ratio_of_pairs, summarise
+from .statistics import CONFIDENCE_RATIO, NUM_RESAMPLES
 
 _SECTIONS = ("model", "hardware", "trace", "settings", "environment")
 # Two runs always differ in these, and it says nothing.

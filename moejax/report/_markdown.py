@@ -11,6 +11,7 @@ from ._answer import answer
 from ._captions import caption, title
 from ._claims import AuditRow, audit, audit_dispatch
 from ._data import NotDrawnError, ReportData
+from ._further_text import further_section
 from ._glossary import glossary, strategies_table
 from ._numbers import (
     NOTHING,
@@ -21,8 +22,9 @@ from ._numbers import (
     markdown_table,
 )
 from ._places import RESULTS_FILE, link, pointer
+from ._selection_text import selection_section
+from ._statistics_text import statistics_section
 from ._study_text import study_section
-from ._summary import CONFIDENCE_RATIO, NUM_RESAMPLES
 from ._tables import (
     compute_table,
     hit_curve_table,
@@ -35,9 +37,13 @@ from ._tables import (
     transfer_table,
 )
 from ._wording import constants_by_kind, hardware_title, listed, num_runs, provenance
-from .figures import CLAIMS_FIGURES
+from ._worth_text import worth_section
+from .figures import CLAIMS_FIGURES, FURTHER_FIGURES
+from .statistics import CONFIDENCE_RATIO, NUM_RESAMPLES
 
 STUDY_MODEL = "reference-study"
+
+_OF_A_SECTION = (*CLAIMS_FIGURES, *FURTHER_FIGURES.values())
 
 
 def report_markdown(data: ReportData, drawn: Sequence[str], not_drawn: Mapping[str, str]) -> str:
@@ -55,11 +61,15 @@ def report_markdown(data: ReportData, drawn: Sequence[str], not_drawn: Mapping[s
         answer(data),
         f"> {provenance(data)}",
         _how_to_read(data),
+        *selection_section(data),
         "## Figures",
-        *(_figure(name, data) for name in drawn if name not in CLAIMS_FIGURES),
+        *(_figure(name, data) for name in drawn if name not in _OF_A_SECTION),
         _missing(not_drawn),
         "## Tables",
         *_tables(data),
+        *statistics_section(data),
+        *worth_section(data),
+        *further_section(data, _of_experiments(data, drawn)),
         "## The study's claims",
         *_audit(data, [_figure(name, data) for name in drawn if name in CLAIMS_FIGURES]),
         _measured(data),
@@ -111,9 +121,17 @@ def _figure(name: str, data: ReportData) -> str:
     return f"### {title(name)}\n\n[![{shows}](figures/{name}.png)](figures/{name}.svg)\n\n*{words}*"
 
 
+def _of_experiments(data: ReportData, drawn: Sequence[str]) -> dict[str, str]:
+    return {
+        experiment: _figure(name, data)
+        for experiment, name in FURTHER_FIGURES.items()
+        if name in drawn
+    }
+
+
 def _missing(not_drawn: Mapping[str, str]) -> str:
-    # The section on the claims says itself what an audit would add.
-    not_drawn = {name: why for name, why in not_drawn.items() if name not in CLAIMS_FIGURES}
+    # The section on the claims says itself what an audit would add, that on choosing what --full.
+    not_drawn = {name: why for name, why in not_drawn.items() if name not in _OF_A_SECTION}
     if not not_drawn:
         return ""
     lines = [f"- {title(name)}: {reason}." for name, reason in not_drawn.items()]

@@ -9,6 +9,7 @@ from moejax.errors import BadFileError
 from moejax.results import read_json
 
 from ._check import Checker
+from ._further import Further, read_further
 from ._palette import STRATEGY_ORDER
 from ._places import PLAN_FILE, RESULTS_FILE, pointer
 from ._study import Study, read_study
@@ -113,6 +114,7 @@ class BenchRun:
       measured: Timings of the machine that ran the bench: `transfer` and `compute` lists.
       tiers: Fastest first; empty when there is no plan.
       study: The reference study's experiment and its audited claims; None without `--audit`.
+      further: The experiments of `--full` by key; empty without it.
     """
 
     environment: Mapping[str, Any]
@@ -126,6 +128,7 @@ class BenchRun:
     measured: Mapping[str, Sequence[Mapping[str, Any]]]
     tiers: tuple[Tier, ...]
     study: Study | None = None
+    further: Further = dataclasses.field(default_factory=dict)
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -193,6 +196,7 @@ def read_run(folder: Path) -> BenchRun:
         measured=_measured(check, content.get("measured") or {}),
         tiers=_tiers(folder, content.get("tune")),
         study=read_study(check, content.get("study"), content.get("audit")),
+        further=read_further(check, content),
     )
 
 

@@ -11,11 +11,7 @@ from jaxtyping import Bool, Float
 
 from ._places import place
 from ._run import BenchRun, Record
-
-NUM_RESAMPLES = 2_000
-CONFIDENCE_RATIO = 0.95
-
-_SEED = 0
+from .statistics import percentile_interval, resamples
 
 
 class Estimate(NamedTuple):
@@ -108,7 +104,7 @@ def estimate(samples: Sequence[float]) -> Estimate:
     values = np.asarray(samples, dtype=np.float64)
     if len(values) < 2:
         return Estimate(float(values.mean()), math.nan, math.nan, math.nan)
-    low, high = _interval(values[_resamples(len(values))].mean(axis=1))
+    low, high = percentile_interval(values[resamples(len(values))].mean(axis=1))
     return Estimate(float(values.mean()), float(values.std(ddof=1)), low, high)
 
 
@@ -207,18 +203,7 @@ def ratio_of_pairs(above: Sequence[float], below: Sequence[float]) -> Estimate:
     mean = float(above_array.mean() / below_array.mean())
     if len(above_array) < 2:
         return Estimate(mean, math.nan, math.nan, math.nan)
-    drawn = _resamples(len(above_array))
-    low, high = _interval(above_array[drawn].mean(axis=1) / below_array[drawn].mean(axis=1))
+    drawn = resamples(len(above_array))
+    resampled = above_array[drawn].mean(axis=1) / below_array[drawn].mean(axis=1)
+    low, high = percentile_interval(resampled)
     return Estimate(mean, float((above_array / below_array).std(ddof=1)), low, high)
-
-
-def _resamples(num_samples: int) -> np.ndarray:
-    # One fixed draw for all: the report of a run is the same bytes whoever makes it.
-    generator = np.random.default_rng(_SEED)
-    return generator.integers(num_samples, size=(NUM_RESAMPLES, num_samples))
-
-
-def _interval(resampled: Float[np.ndarray, " resamples"]) -> tuple[float, float]:
-    tail = (1 - CONFIDENCE_RATIO) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)

@@ -1,8 +1,10 @@
 """Writing a report beside the results it tells of."""
 
+import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,8 +13,10 @@ from matplotlib.figure import Figure
 from moejax.errors import BadFileError, UsageError
 from moejax.results import read_json, write_bytes, write_text
 
+from ._constraints import Constraint
 from ._data import NotDrawnError, load_data
 from ._markdown import report_markdown
+from ._money import check_prices
 from ._places import PLAN_FILE, RESULTS_FILE
 from .figures import FIGURES, STYLE
 from .page import page_html
@@ -23,7 +27,13 @@ PNG_DOTS_PER_INCH = 200
 Progress = Callable[[int, int, str], None]
 
 
-def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
+def write_report(
+    folder: Path,
+    *,
+    constraints: tuple[Constraint, ...] = (),
+    prices_usd: Mapping[str, float] = MappingProxyType({}),
+    progress: Progress | None = None,
+) -> Path:
     """Writes `figures/`, `report.md` and `report.html` into the folder of a bench run.
 
     Figures come first and the text last, each whole or not at all, so that the text never names
@@ -32,6 +42,8 @@ def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
 
     Args:
       folder: What `moejax bench --out` wrote; `plan.json` in it adds the tiers.
+      constraints: What a strategy must meet to be chosen; none gives a matrix of typical ones.
+      prices_usd: What cards cost, by profile; before what their profiles say.
       progress: Told how many of how many files are done, and which comes next.
 
     Returns:
@@ -39,10 +51,11 @@ def write_report(folder: Path, *, progress: Progress | None = None) -> Path:
 
     Raises:
       BadFileError: `results.json` or `plan.json` is missing, damaged or inconsistent.
-      UsageError: The folder cannot be written to.
+      UsageError: The folder cannot be written to, or a price is that of a card not in the run.
     """
     folder = Path(folder)
-    data = load_data(folder)
+    data = dataclasses.replace(load_data(folder), constraints=constraints, prices_usd=prices_usd)
+    check_prices(data)
     drawn: list[str] = []
     not_drawn: dict[str, str] = {}
     for index, (name, draw) in enumerate(FIGURES.items()):

@@ -7,6 +7,7 @@ import pytest
 from moejax import cli
 
 from ..report._factory import results, write_run
+from ..report._further import full_results
 
 
 @pytest.fixture
@@ -131,3 +132,63 @@ def test_runs_that_cannot_be_compared(capsys, tmp_path, monkeypatch, arguments, 
     assert said in err
     assert "\n\nhint: " in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("full"), full_results())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures have their own tests; here they would only take time."""
+    monkeypatch.setattr("moejax.report._write.FIGURES", {})
+
+
+def test_constraints_are_answered_on_stdout_and_in_the_report(full, undrawn, capsys):
+    asked = ["report", str(full), "--constraint", "memory=2GB", "--constraint", "complexity=4"]
+    assert cli.main([*asked, "-o", "json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert [row["batch_size"] for row in rows] == [1, 16]
+    assert {row["strategy"] for row in rows} <= {"on_demand", "top_k"}
+    assert all(row["memory_bytes"] <= 2e9 for row in rows)
+    page = (full / "report.md").read_text()
+    assert "Wanted: memory at most 2.00 GB and complexity at most 4.00." in page
+    assert f"wrote {full / 'report.md'}" in err
+
+
+def test_constraints_come_from_a_file_too(full, undrawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moejax.toml").write_text('[report]\nconstraint = ["memory=2GB", "hit=0.1"]\n')
+    assert cli.main(["report", str(full), "-o", "json"]) == 0
+    assert "hit at least 10.0 %" in json.loads(capsys.readouterr().out)[0]["excluded_by"]
+    monkeypatch.setenv("MOEJAX_CONSTRAINT", "memory=3GB")
+    assert cli.main(["report", str(full), "-o", "json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)[0]["excluded_by"]) == ["memory at most 3.00 GB"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--constraint", "colour=red"), 2, "'colour=red' is not known"),
+        (("--constraint", "memory=much"), 2, "memory: 'much' is not a size"),
+        (("--constraint", "memory=1kB"), 3, "nothing in this run meets memory at most 1.00 kB"),
+        (("--price", "a6000=1"), 2, "this run has no card 'a6000'"),
+        (("--price", "large=free"), 2, "'large=free' is not the price of a card"),
+    ],
+)
+def test_what_cannot_be_met_or_read_is_one_line_and_a_cure(
+    full, undrawn, capsys, arguments, code, said
+):
+    assert cli.main(["report", str(full), *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert "\nhint: " in err
+    assert "Traceback" not in err
+
+
+def test_a_price_reaches_the_report(full, undrawn, capsys):
+    assert cli.main(["report", str(full), "--price", "large=9000"]) == 0
+    assert "| `large` | 9,000 USD |" in (full / "report.md").read_text()

@@ -23,7 +23,7 @@ UNITS = {
     "%": 1e-2, "TFLOP": 1e12,
 }  # fmt: skip
 # Quoted from elsewhere, or said in words.
-NOT_OURS = ("claimed", "strategy", "why they differ", "complexity (the study's score)")
+NOT_OURS = ("claimed", "strategy", "wanted", "why they differ", "complexity (the study's score)")
 
 Records = Sequence[dict[str, Any]]
 

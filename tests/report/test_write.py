@@ -6,7 +6,7 @@ import pytest
 
 from moejax.errors import BadFileError, UsageError
 from moejax.report import FIGURES, write_report
-from moejax.report.figures import CLAIMS_FIGURES
+from moejax.report.figures import CLAIMS_FIGURES, FURTHER_FIGURES
 
 from ._factory import results, write_run
 
@@ -27,7 +27,8 @@ def test_same_run_same_bytes_and_nothing_left_over(tmp_path: Path):
         assert path == folder / "report.md"
     one, two = content_of(tmp_path / "one"), content_of(tmp_path / "two")
     assert one == two
-    drawn = [name for name in FIGURES if name not in ("tiers", *CLAIMS_FIGURES)]
+    left_out = ("tiers", *CLAIMS_FIGURES, *FURTHER_FIGURES.values())
+    drawn = [name for name in FIGURES if name not in left_out]
     figures = {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "svg")}
     assert set(one) == {"results.json", "report.md", "report.html"} | figures
     assert all(one[name].startswith(b"\x89PNG") for name in figures if name.endswith("png"))
