@@ -31,6 +31,7 @@ class Change(NamedTuple):
       high: Upper end.
       verdict: `faster`, `slower` or `tie` by a paired t test, corrected over all hybrids; empty
         with one draw.
+      place: Where the hybrid's records stand in `results.json`.
     """
 
     latency_s: float
@@ -38,6 +39,7 @@ class Change(NamedTuple):
     low: float
     high: float
     verdict: str
+    place: str
 
 
 class Judged(NamedTuple):
@@ -117,7 +119,7 @@ def _compare(data: ReportData, cell: FurtherCell, part: str) -> tuple[Paired | N
     if shared > 1:
         low, high = bootstrap_interval(lambda a, b: a.mean(-1) / b.mean(-1) - 1, mine, theirs)
     ratio = float(mine.mean() / theirs.mean()) - 1
-    change = Change(cell.mean("latency_s"), ratio, low, high, "")
+    change = Change(cell.mean("latency_s"), ratio, low, high, "", cell.pointer)
     return compare_paired(mine, theirs), change
 
 

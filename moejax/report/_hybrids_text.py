@@ -51,7 +51,7 @@ def _row(data: ReportData, one: Judged) -> tuple[str, ...]:
         NOTHING if one.part is None else f"`{one.part}`, {format_seconds(one.part_s)}",
         format_seconds(cell.mean("latency_s")),
         _change(one.changes.get("stated")),
-        NOTHING if cautious is None else format_seconds(cautious.latency_s),
+        NOTHING if cautious is None else link(format_seconds(cautious.latency_s), cautious.place),
         _change(cautious),
         one.verdict or NOTHING,
         format_ratio(cell.mean("hit_ratio")),

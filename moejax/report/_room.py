@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from moejax.cards import DTYPE_BYTES, ModelSpec
 
@@ -54,10 +54,13 @@ def room(data: ReportData) -> Room | None:
 
 def _spec(model: Mapping[str, Any]) -> ModelSpec | None:
     """The card of the run's model, None where a field is missing or no such thing."""
-    kinds = {field.name: field.type for field in dataclasses.fields(ModelSpec)}
-    fields: dict[str, Any] = {name: model.get(name) for name in kinds}
-    if any(type(value) is not kinds[name] for name, value in fields.items()):
-        return None
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(ModelSpec):
+        # A run older than a field lacks it; those that came later have a default.
+        default = None if field.default is dataclasses.MISSING else field.default
+        fields[field.name] = model.get(field.name, default)
+        if not isinstance(fields[field.name], cast(type, field.type)):
+            return None
     spec = ModelSpec(**fields)
     is_real = spec.dtype in DTYPE_BYTES and min(spec.num_moe_layers, spec.expert_bytes) > 0
     return spec if is_real else None

@@ -16,7 +16,7 @@ from moejax.report._hybrids import judge_hybrids
 from moejax.report.figures import FURTHER_FIGURES, STYLE
 from moejax.units import format_bytes, format_seconds
 
-from ._factory import results, write_run
+from ._factory import results, without_links, write_run
 from ._further import full_results
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -34,7 +34,7 @@ def data(content, tmp_path_factory) -> ReportData:
 
 @pytest.fixture(scope="module")
 def text(data) -> str:
-    return "\n\n".join(further_section(data, {"gpus": "![cards]"}))
+    return without_links("\n\n".join(further_section(data, {"gpus": "![cards]"})))
 
 
 def row_of(text: str, *first: str) -> list[str]:

@@ -20,6 +20,7 @@ def candidate(strategy: str, mean_s: float, memory_bytes: float = 1e9, **more) -
         "strategy": strategy, "batch_size": 4, "slots": 2, "p99_s": 2 * mean_s, "hit_ratio": 0.5,
         "latency_s": {run: mean_s * (1 + 0.001 * run) for run in range(5)},
         "memory_bytes": memory_bytes, "complexity": None, "knows_future": False,
+        "place": "/grid/0-4",
     }  # fmt: skip
     return Candidate(**fields | more)
 

@@ -10,7 +10,7 @@ from moejax.report._statistics_text import analyse, compare, statistics_section
 from moejax.report.statistics import compare_paired, holm
 from moejax.units import format_seconds
 
-from ._factory import results, write_run
+from ._factory import results, without_links, write_run
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
 
 @pytest.fixture(scope="module")
 def text(data) -> str:
-    return "\n\n".join(statistics_section(data))
+    return without_links("\n\n".join(statistics_section(data)))
 
 
 def latencies_s(data: ReportData, strategy: str, batch_size: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from moejax.report._money import best_on_card, card_cost_table, memory_cost_tabl
 from moejax.report._summary import speedup
 from moejax.report._worth_text import worth_section
 
-from ._factory import results, write_run
+from ._factory import results, without_links, write_run
 from ._further import full_results
 
 
@@ -21,7 +21,8 @@ def data(tmp_path_factory) -> ReportData:
 
 
 def cells_of(table: str, first: str) -> list[str]:
-    line = next(line for line in table.splitlines() if line.startswith(f"| {first} |"))
+    lines = without_links(table).splitlines()
+    line = next(line for line in lines if line.startswith(f"| {first} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
