@@ -3,6 +3,7 @@
 from moejax.units import format_bytes, format_ratio, format_seconds
 
 from ._data import ReportData
+from ._money import best_on_card
 from ._numbers import format_count, format_factor, format_interval
 from ._places import link, pointer
 from ._room import MEMORY_PLACE, Room, room
@@ -141,7 +142,7 @@ def _slots(data: ReportData, best: Cell) -> str:
     given = f"This run was given {best.slots:g} a layer; that is a setting, not what fits."
     found = room(data)
     if found is None:
-        return given
+        return f"{given} {_fastest_with_all(data, best)}".rstrip()
     card = (
         f"Of the card's {link(_memory(found.memory_bytes), MEMORY_PLACE)} the dense weights "
         f"take {link(format_bytes(found.dense_bytes), pointer('model'))} and the KV cache of "
@@ -155,12 +156,33 @@ def _slots(data: ReportData, best: Cell) -> str:
     if found.slots < 1:
         return f"{given} {card} No layer can have a slot of its own beside them."
     fits = f"The rest is room for {found.slots} slots a layer, less what other programs hold."
-    return " ".join(part for part in (given, card, fits, _hits_with_all(data, found, best)) if part)
+    gain = _fastest_with_all(data, best) or _hits_with_all(data, found, best)
+    return " ".join(part for part in (given, card, fits, gain) if part)
 
 
 def _memory(num_bytes: float) -> str:
     """Cards are sold by GiB under the name of GB."""
     return f"{format_bytes(num_bytes)} ({format_count(num_bytes / 2**30)} GiB)"
+
+
+def _fastest_with_all(data: ReportData, best: Cell) -> str:
+    """What `--full` found with all slots that fit on the run's own card."""
+    if "gpus" not in data.run.further:
+        return ""
+    card, size = data.run.hardware["name"], best.key.batch_size
+    fastest = best_on_card(data, card, size)
+    if fastest is None:
+        return ""
+    said = link(format_seconds(fastest.mean("latency_s")), fastest.pointer)
+    named = f"`{fastest.strategy}`" + (" as well" if fastest.strategy == best.key.strategy else "")
+    plain = data.run.further["gpus"].where(
+        hardware=card, batch_size=size, cache="all that fit", strategy=_PLAIN
+    )
+    beside = ""
+    if plain and fastest.strategy != _PLAIN:
+        time_s = link(format_seconds(plain[0].mean("latency_s")), plain[0].pointer)
+        beside = f" beside {time_s} with `{_PLAIN}`"
+    return f"**With the {fastest.slots} that fit the fastest is {named}: {said} a step**{beside}."
 
 
 def _hits_with_all(data: ReportData, found: Room, best: Cell) -> str:
@@ -183,7 +205,7 @@ def _bound(data: ReportData, best: Cell) -> str:
     if oracle is None:
         return ""
     return (
-        "`oracle`, which knows the future and so cannot be built, would need "
+        "With the same slots `oracle`, which knows the future and so cannot be built, would need "
         f"{_latency(oracle)} a step."
     )
 

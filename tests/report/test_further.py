@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from moejax.errors import BadFileError
 from moejax.report import FIGURES, ReportData, load_data, report_markdown
+from moejax.report._answer import answer
 from moejax.report._captions import caption
 from moejax.report._further_text import further_section
 from moejax.report._hybrids import judge_hybrids
@@ -165,3 +166,18 @@ def test_a_damaged_experiment_is_named(content, tmp_path: Path, spoil, said: str
     with pytest.raises(BadFileError) as caught:
         load_data(write_run(tmp_path, damaged))
     assert said in str(caught.value)
+
+
+def test_the_answer_says_what_all_slots_that_fit_give(data, tmp_path: Path):
+    cells = data.run.further["gpus"].where(hardware="rtx-3090", cache="all that fit", batch_size=1)
+    mean_s = {cell.strategy: cell.mean("latency_s") for cell in cells}
+    said = without_links(answer(data))
+    fastest = (
+        f"the fastest is `intelligent` as well: {format_seconds(mean_s['intelligent'])} a step"
+    )
+    assert (
+        f"**With the 45 that fit {fastest}** beside {format_seconds(mean_s['lru'])} with `lru`."
+        in said
+    )
+    plain = load_data(write_run(tmp_path, results(num_runs=2)))
+    assert "the fastest is" not in answer(plain)
