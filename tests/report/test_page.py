@@ -166,3 +166,17 @@ def test_a_link_to_nowhere_is_no_page():
         page_html("# A\n\n[1](results.json#/grid/3)\n", {}, {"results.json": {"grid": [1]}})
     with pytest.raises(LookupError, match=r"no plan\.json"):
         page_html("# A\n\n[1](plan.json#/tiers/0)\n", {}, {"results.json": {}})
+
+
+def test_a_number_is_not_parted_from_its_unit():
+    page = page_html(
+        "# One\n\n28.7 ms, 5.9 % to 7.6 %, 24.9 GB; 3 seconds and `7 ms` typed\n", {}, {}
+    )
+    for whole in (
+        "28.7\xa0ms",
+        "5.9\xa0% to 7.6\xa0%",
+        "24.9\xa0GB",
+        "3 seconds",
+        "<code>7 ms</code>",
+    ):
+        assert whole in page

@@ -16,6 +16,10 @@ _FOLD = re.compile(r"<details>\s*<summary>([^<>]*)</summary>\s*|</details>\s*")
 """The only HTML that a report holds."""
 
 
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:[num]?s|[kMGT]?B|GiB|USD|tokens/s|%)(?!\w))")
+"""The space between a number and its unit, where no line may break."""
+
+
 _LONG = 26
 """Characters of a cell that may break; shorter ones stay on one line."""
 
@@ -129,6 +133,8 @@ def _inline(
                 shown.append(Token("text", "", 0, content=token.content))
                 continue
             token.attrs |= {"src": source, "decoding": "async"}
+        elif token.type == "text":
+            token.content = _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", token.content)
         shown.append(token)
     return shown
 
