@@ -16,6 +16,7 @@ from moejax.report._summary import estimate
 
 from ..bench._made_up_study import audited_results
 from ._factory import plan, results, without_links, write_run
+from ._further import full_results
 
 LINK = re.compile(r"\[(?:[^]]*)]\(((?:results|plan)\.json)#([^)]*)\)")
 UNITS = {
@@ -23,7 +24,14 @@ UNITS = {
     "%": 1e-2, "TFLOP": 1e12,
 }  # fmt: skip
 # Quoted from elsewhere, or said in words.
-NOT_OURS = ("claimed", "strategy", "wanted", "why they differ", "complexity (the study's score)")
+NOT_OURS = (
+    "claimed",
+    "strategy",
+    "wanted",
+    "quantity",
+    "why they differ",
+    "complexity (the study's score)",
+)
 
 Records = Sequence[dict[str, Any]]
 
@@ -186,9 +194,17 @@ def tables(files, tmp_path_factory) -> dict[str, list[Row]]:
     return tables_of(report_markdown(load_data(folder), [], {}), files)
 
 
-def test_every_number_of_a_table_leads_to_records(tables):
+@pytest.fixture(scope="module")
+def full_tables(tmp_path_factory) -> dict[str, list[Row]]:
+    content = full_results()
+    folder = write_run(tmp_path_factory.mktemp("full"), content)
+    return tables_of(report_markdown(load_data(folder), [], {}), {"results.json": content})
+
+
+@pytest.mark.parametrize("of_run", ["tables", "full_tables"])
+def test_every_number_of_a_table_leads_to_records(of_run: str, request):
     num_checked = 0
-    for rows in tables.values():
+    for rows in request.getfixturevalue(of_run).values():
         for row in rows:
             for column, cell in row.items():
                 if not re.search(r"\d", without_links(cell)) or column in NOT_OURS:
@@ -197,7 +213,21 @@ def test_every_number_of_a_table_leads_to_records(tables):
                     continue
                 assert row.records(column)
                 num_checked += 1
-    assert num_checked > 1000
+    assert num_checked > 500
+
+
+def test_a_hybrid_leads_to_its_cells_on_both_hosts(full_tables):
+    num_cautious = 0
+    for row in full_tables["Hybrid strategies"]:
+        stated = row.records("hybrid")[0]
+        assert (f"`{stated['strategy']}`", stated["host"]) == (without_links(row.first), "stated")
+        assert_says(row["mean step"], statistics.fmean(stated["latency_s"]))
+        if LINK.search(row["on a cautious host"]):
+            (cautious,) = row.records("on a cautious host")
+            assert cautious["host"] == "cautious"
+            assert_says(row["on a cautious host"], statistics.fmean(cautious["latency_s"]))
+            num_cautious += 1
+    assert num_cautious == 2
 
 
 @pytest.mark.parametrize("heading", SAID)
