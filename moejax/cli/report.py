@@ -16,7 +16,7 @@ from ._output import OutputFormat, emit
 from ._progress import say, show_progress
 from .bench import REPORTS, bench, new_folder
 
-_RUN_FILE = "results.json"
+_RUN_FILE, _RUN_SCHEMA, _TEXT = "results.json", "moejax.bench/", "report.md"
 _SHOWN = (
     *("batch_size", "strategy", "slots", "latency_s", "p99_s", "tokens_per_s", "hit_ratio"),
     *("memory_bytes", "ties", "num_left", "num_candidates"),
@@ -58,7 +58,8 @@ def report(
     The HTML is the whole report in one file. Without DIR it takes the newest run under reports/,
     or runs the default bench first. With --constraint the report, and stdout, say which strategy
     to choose for every batch size. --compare sets the step latencies of two runs of a model side
-    by side, chooses nothing and writes nothing but --out.
+    by side, chooses nothing and writes nothing but --out. Where DIR holds another report, written
+    by a script, its report.md becomes report.html.
 
     Example: moejax report reports/first --constraint memory=2GB
     """
@@ -67,6 +68,7 @@ def report(
         parse_constraints,
         parse_prices,
         selection_rows,
+        write_page,
         write_report,
     )
 
@@ -92,6 +94,14 @@ def report(
         raise BadFileError(
             f"{folder} holds no {_RUN_FILE}", "Make a run with `moejax bench --out DIR`."
         )
+    elif _is_by_script(folder):
+        if constraints or prices_usd:
+            raise UsageError(
+                f"{folder} is no run of strategies to choose from",
+                "Leave --constraint and --price out, or name a run of `moejax bench`.",
+            )
+        emit({"page": str(write_page(folder))}, output)
+        return
     with show_progress("drawing") as progress:
         page = write_report(
             folder, constraints=constraints, prices_usd=prices_usd, progress=progress
@@ -116,9 +126,22 @@ def _newest_run() -> Path | None:
     dated = []
     for path in REPORTS.glob(f"*/{_RUN_FILE}"):
         try:
-            results = read_json(path)
-            if results["schema"].startswith("moejax.bench/"):
-                dated.append((results["environment"]["date"], path.parent))
-        except (MoejaxError, KeyError, TypeError, AttributeError):
+            if _schema(path).startswith(_RUN_SCHEMA):
+                dated.append((read_json(path)["environment"]["date"], path.parent))
+        except (MoejaxError, KeyError, TypeError):
             continue
     return max(dated, default=("", None))[1]
+
+
+def _is_by_script(folder: Path) -> bool:
+    """Whether a folder holds a report whose text comes from a script, not from here."""
+    schema = _schema(folder / _RUN_FILE)
+    is_other = schema.startswith("moejax.") and not schema.startswith(_RUN_SCHEMA)
+    return is_other and (folder / _TEXT).is_file()
+
+
+def _schema(path: Path) -> str:
+    from moejax.results import read_json
+
+    content = read_json(path)
+    return str(content.get("schema", "")) if isinstance(content, dict) else ""

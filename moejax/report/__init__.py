@@ -13,6 +13,8 @@ from ._numbers import format_field as format_field
 from ._run import read_run as read_run
 from ._selection_text import selection_rows as selection_rows
 from ._summary import summarise as summarise
+from ._write import page_of as page_of
+from ._write import write_page as write_page
 from ._write import write_report as write_report
 from .figures import FIGURES as FIGURES
 from .page import page_html as page_html

@@ -78,6 +78,37 @@ def write_report(
     return path
 
 
+def write_page(folder: Path) -> Path:
+    """Writes `report.html` from the `report.md` and the figures that lie in a folder.
+
+    For the reports that scripts write. The same files give the same bytes.
+
+    Args:
+      folder: Holds `report.md`; every PNG in its `figures/` that has an SVG beside it is shown.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      BadFileError: `report.md` cannot be read, or leads to a record that is not there.
+      UsageError: The folder cannot be written to.
+    """
+    return write_text(folder / PAGES[1], page_of(folder))
+
+
+def page_of(folder: Path) -> str:
+    """What `write_page` writes."""
+    path = folder / PAGES[0]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFileError(
+            f"{path} cannot be read: {error}", "Write it first, by the script that makes it."
+        ) from error
+    drawn = sorted(one.stem for one in (folder / "figures").glob("*.svg"))
+    return _page(folder, text, drawn)
+
+
 def _page(folder: Path, text: str, drawn: Sequence[str]) -> str:
     drawings = {name: folder / "figures" / f"{name}.svg" for name in drawn}
     images = {

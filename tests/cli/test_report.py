@@ -68,6 +68,22 @@ def test_without_any_run_the_default_bench_comes_first(report, tmp_path, monkeyp
     assert (tmp_path / record["report"]).is_file()
 
 
+def test_a_report_that_a_script_wrote_gets_its_page(report, capsys, tmp_path):
+    (tmp_path / "results.json").write_text('{"schema": "moejax.loading/1"}')
+    assert cli.main(["report", str(tmp_path)]) == 4
+    (tmp_path / "report.md").write_text("# Loading\n\n![rates](figures/rates.png)\n")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "rates.svg").write_text("<svg></svg>")
+    capsys.readouterr()
+    record, err = report(tmp_path)
+    assert (record, err) == ({"page": str(tmp_path / "report.html")}, "")
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>Loading</title>" in page
+    assert "data:image/svg+xml" in page
+    assert cli.main(["report", str(tmp_path), "--constraint", "memory=2GB"]) == 2
+    assert "is no run of strategies" in capsys.readouterr().err
+
+
 def write_pair(folder: Path) -> tuple[Path, Path]:
     pair = []
     for name, factor in (("a", 1.0), ("b", 0.9)):
