@@ -131,7 +131,9 @@ def bench(
     full: Annotated[
         bool,
         typer.Option(
-            "--full", help="--audit, and cache sizes, cards, Switch, hybrids, K: minutes more."
+            "--full",
+            help="--audit, and cache sizes, cards, Switch, hybrids, K: about four minutes on two "
+            "cores.",
         ),
     ] = False,
     engine: EngineOption = False,
