@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,8 @@ from .page import page_html
 
 PAGES = ("report.md", "report.html")
 PNG_DOTS_PER_INCH = 200
+
+_TO_DRAWING = re.compile(r"\s*\(\[SVG]\(figures/[^)]*\)\)")
 
 Progress = Callable[[int, int, str], None]
 
@@ -106,7 +109,8 @@ def page_of(folder: Path) -> str:
             f"{path} cannot be read: {error}", "Write it first, by the script that makes it."
         ) from error
     drawn = sorted(one.stem for one in (folder / "figures").glob("*.svg"))
-    return _page(folder, text, drawn)
+    # The drawing itself is in the page.
+    return _page(folder, _TO_DRAWING.sub("", text), drawn)
 
 
 def _page(folder: Path, text: str, drawn: Sequence[str]) -> str:

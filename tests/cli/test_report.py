@@ -71,7 +71,9 @@ def test_without_any_run_the_default_bench_comes_first(report, tmp_path, monkeyp
 def test_a_report_that_a_script_wrote_gets_its_page(report, capsys, tmp_path):
     (tmp_path / "results.json").write_text('{"schema": "moejax.loading/1"}')
     assert cli.main(["report", str(tmp_path)]) == 4
-    (tmp_path / "report.md").write_text("# Loading\n\n![rates](figures/rates.png)\n")
+    (tmp_path / "report.md").write_text(
+        "# Loading\n\n![rates](figures/rates.png)\n\n*Rates* ([SVG](figures/rates.svg))\n"
+    )
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "rates.svg").write_text("<svg></svg>")
     capsys.readouterr()
@@ -80,6 +82,7 @@ def test_a_report_that_a_script_wrote_gets_its_page(report, capsys, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<title>Loading</title>" in page
     assert "data:image/svg+xml" in page
+    assert "SVG" not in page
     assert cli.main(["report", str(tmp_path), "--constraint", "memory=2GB"]) == 2
     assert "is no run of strategies" in capsys.readouterr().err
 
