@@ -21,7 +21,8 @@ _SIZE_BYTES = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
+_TIME_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
@@ -30,7 +31,7 @@ def parse_bytes(text: str) -> int:
     Raises:
       UsageError: `text` is not a non-negative number followed by a known unit.
     """
-    match = _SIZE.fullmatch(text)
+    match = _AMOUNT.fullmatch(text)
     factor = _SIZE_BYTES.get(match[2].upper()) if match else None
     if match is None or factor is None:
         raise UsageError(
@@ -38,6 +39,20 @@ def parse_bytes(text: str) -> int:
             "Write a number and a unit: 2GB is 2e9 bytes, 2GiB is 2**31 bytes.",
         )
     return round(float(match[1]) * factor)
+
+
+def parse_seconds(text: str) -> float:
+    """Reads a time such as `40ms`, `1.5 s` or `684us`.
+
+    Raises:
+      UsageError: `text` is not a non-negative number followed by a known unit.
+    """
+    match = _AMOUNT.fullmatch(text)
+    if match is None or match[2] not in _TIME_S:
+        raise UsageError(
+            f"{text!r} is not a time", f"Write a number and a unit, one of {', '.join(_TIME_S)}."
+        )
+    return float(match[1]) * _TIME_S[match[2]]
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -6,6 +6,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,27 @@ def test_figures_of_the_results_table_are_those_of_the_run():
 
 def read_results(name: str) -> dict:
     return json.loads((ROOT / "reports" / name / "results.json").read_text(encoding="utf-8"))
+
+
+def test_figures_of_the_whole_card_and_of_the_audit_are_those_of_the_run():
+    run, words = read_results("rtx-3090"), " ".join(README.split())
+    cells = {
+        cell["strategy"]: cell
+        for cell in run["gpus"]["cells"]
+        if (cell["hardware"], cell["batch_size"]) == ("rtx-3090", 1)
+        and cell["cache"] == "all that fit"
+    }
+    ours, plain = (1e3 * statistics.mean(cells[n]["latency_s"]) for n in ("intelligent", "lru"))
+    num = Counter(row["verdict"] for row in run["audit"])
+    shown = (
+        f"{cells['lru']['slots']} experts a layer fit on the card; with those `intelligent` takes "
+        f"{ours:.1f} ms at batch 1 and `lru` {plain:.1f} ms",
+        f"the {len(run['audit'])} figures and statements of the reference study: "
+        f"{num['reproduced']} were reproduced, {num['not reproduced']} were not, "
+        f"{num['depends on assumption']} depend on an assumption and "
+        f"{num['contradicts itself']} are excluded",
+    )
+    assert not [part for part in shown if part not in words]
 
 
 def test_figures_of_the_model_are_those_of_its_last_run():

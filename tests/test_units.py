@@ -3,7 +3,14 @@ import math
 import pytest
 
 from moejax.errors import UsageError
-from moejax.units import format_bytes, format_change, format_ratio, format_seconds, parse_bytes
+from moejax.units import (
+    format_bytes,
+    format_change,
+    format_ratio,
+    format_seconds,
+    parse_bytes,
+    parse_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +82,18 @@ def test_ratios_are_written_as_per_cent():
 )
 def test_changes_carry_their_sign_and_zero_is_positive(ratio: float, text: str):
     assert format_change(ratio) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "time_s"), [("40ms", 0.04), ("1.5 s", 1.5), (" 684us ", 684e-6), (".5ns", 5e-10)]
+)
+def test_times_are_read_with_their_unit(text, time_s):
+    assert parse_seconds(text) == pytest.approx(time_s)
+
+
+@pytest.mark.parametrize("text", ["", "40", "40 MS", "-1s", "1e3s", "ms", "2GB"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(UsageError) as caught:
+        parse_seconds(text)
+    assert repr(text) in caught.value.cause
+    assert "ms" in caught.value.hint

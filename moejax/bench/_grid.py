@@ -130,7 +130,7 @@ def run_grid(
 
 def _prepare(name: str, *, profile: Profile, lanes: Sequence[Replay], **points: Any) -> Simulation:
     strategy = STRATEGIES[name].make(profile)
-    return prepare_lanes(strategy, [without_unread(lane, name) for lane in lanes], **points)
+    return prepare_lanes(strategy, [without_unread(lane, strategy) for lane in lanes], **points)
 
 
 def _one_ahead(
@@ -334,13 +334,12 @@ def _one_place_after_another(batched: np.ndarray, batch_size: int) -> np.ndarray
     return alone.reshape(-1, *alone.shape[2:])
 
 
-def without_unread(lane: Replay, name: str) -> Replay:
+def without_unread(lane: Replay, strategy: Strategy) -> Replay:
     """Leaves out what a strategy does not read, so that it is not copied for every lane."""
-    kind = STRATEGIES[name]
     return Replay(
         lane.demand,
-        lane.next_use if kind.needs_future else None,
-        lane.lookahead if kind.needs_lookahead else None,
+        lane.next_use if strategy.reads_future else None,
+        lane.lookahead if strategy.reads_gates else None,
     )
 
 

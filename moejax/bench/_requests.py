@@ -9,7 +9,7 @@ from moejax.cards import ModelSpec
 from moejax.errors import BadFileError, UsageError
 from moejax.strategies import Profile, learn_profile
 from moejax.trace import Trace, batch_tokens, not_computed, select_requests, split_profile
-from moejax.workloads import WORKLOADS, make_trace
+from moejax.workloads import WORKLOADS, Workload, make_trace
 
 _TOKENS_PER_REQUEST = 128
 _PROFILE_REQUESTS = 32
@@ -47,13 +47,7 @@ def open_requests(trace: Trace | None, workload: str, model: ModelSpec, seed: in
         return Requests(profile, test, trace.workload, seed)
     if workload not in WORKLOADS:
         raise UsageError(f"workload {workload!r} is not known", f"Known: {', '.join(WORKLOADS)}.")
-    profile = make_trace(
-        WORKLOADS[workload],
-        num_requests=_PROFILE_REQUESTS,
-        tokens_per_request=_TOKENS_PER_REQUEST,
-        seed=(seed + _PROFILE_SEED_OFFSET) % 2**32,
-        with_lookahead=False,
-    )
+    profile = draw_profile(WORKLOADS[workload], seed)
     check_shape(profile, model)
     return Requests(profile, None, workload, seed)
 
@@ -85,6 +79,36 @@ def learn(requests: Requests) -> Profile:
     return learn_profile(requests.profile)
 
 
+def draw_profile(workload: Workload, seed: int) -> Trace:
+    """Requests of a workload to learn from; no run draws them."""
+    return make_trace(
+        workload,
+        num_requests=_PROFILE_REQUESTS,
+        tokens_per_request=_TOKENS_PER_REQUEST,
+        seed=(seed + _PROFILE_SEED_OFFSET) % 2**32,
+        with_lookahead=False,
+    )
+
+
+def draw_synthetic(
+    workload: Workload,
+    seed: int,
+    *,
+    num_places: int,
+    num_steps: int,
+    tokens_per_request: int = _TOKENS_PER_REQUEST,
+    with_lookahead: bool = True,
+) -> Trace:
+    """Requests of a workload, enough to keep every place of a batch busy."""
+    return make_trace(
+        workload,
+        num_requests=num_places * -(-num_steps // tokens_per_request),
+        tokens_per_request=tokens_per_request,
+        seed=seed % 2**32,
+        with_lookahead=with_lookahead,
+    )
+
+
 def draw_run(
     requests: Requests,
     run: int,
@@ -108,11 +132,12 @@ def draw_run(
     """
     if requests.test is None:
         assert requests.workload is not None
-        return make_trace(
+        return draw_synthetic(
             WORKLOADS[requests.workload],
-            num_requests=num_places * -(-num_steps // tokens_per_request),
+            requests.seed + run,
+            num_places=num_places,
+            num_steps=num_steps,
             tokens_per_request=tokens_per_request,
-            seed=(requests.seed + run) % 2**32,
             with_lookahead=with_lookahead,
         )
     length = np.diff(requests.test.request_start)

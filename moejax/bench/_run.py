@@ -8,6 +8,7 @@ from moejax.bench._grid import GridSettings, Progress, run_grid
 from moejax.bench._measure import measure_machine
 from moejax.bench._requests import learn, open_requests
 from moejax.bench.audit import run_audit
+from moejax.bench.further import run_further
 from moejax.cards import Hardware, ModelSpec
 from moejax.results import capture_environment, to_plain
 from moejax.trace import Trace
@@ -28,6 +29,7 @@ def run_bench(
     quick: bool = False,
     num_devices: int = 1,
     audit: bool = False,
+    further: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment and returns the contents of `results.json`.
@@ -42,6 +44,8 @@ def run_bench(
       quick: Whether to time fewer sizes.
       num_devices: Devices that share the experiment; no number depends on it.
       audit: Whether to do the reference study's experiment as well and judge its claims.
+      further: Whether to run what the study left open as well: cache sizes, cards, another model,
+        hybrids and other values of K.
       progress: Told after each part.
 
     Raises:
@@ -102,4 +106,6 @@ def run_bench(
             seed=settings.seed,
             progress=progress,
         )
+    if further:
+        results |= run_further(with_baseline, model, hardware, requests, profile, progress=progress)
     return results

@@ -13,4 +13,5 @@ from ._places import HARDWARE as HARDWARE
 from ._places import MODELS as MODELS
 from ._places import models_dir as models_dir
 from ._places import read_card as read_card
+from ._spec import DTYPE_BYTES as DTYPE_BYTES
 from ._spec import ModelSpec as ModelSpec

@@ -85,6 +85,9 @@ def _command_settings(
             settings[option.name] = _parse_flag(name, text) if option.is_flag else text
         elif key in file_values:
             settings[option.name] = file_values[key]
+        # An option that may be repeated wants a list; its commands read commas themselves.
+        if option.multiple and option.name in settings:
+            settings[option.name] = [settings[option.name]]
     return settings
 
 

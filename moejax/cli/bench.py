@@ -128,6 +128,14 @@ def bench(
             "--audit/--no-audit", help="Do the reference study's experiment too; judge its claims."
         ),
     ] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="--audit, and cache sizes, cards, Switch, hybrids, K: about four minutes on two "
+            "cores.",
+        ),
+    ] = False,
     engine: EngineOption = False,
     scopes: ScopesOption = None,
     num_steps: NumStepsOption = None,
@@ -186,6 +194,7 @@ def bench(
             "--dispatch": dispatch is not None,
             "--devices": devices != 1,
             "--audit": audit,
+            "--full": full,
         }
         _refuse_simulated(simulated)
         folder = out or new_folder()
@@ -229,7 +238,8 @@ def bench(
             measure=measure,
             quick=quick,
             num_devices=devices,
-            audit=audit,
+            audit=audit or full,
+            further=full,
             progress=progress,
         )
         progress(0, 1, "tuning tiers")

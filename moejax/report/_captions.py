@@ -140,6 +140,29 @@ def _claims_memory(data: ReportData) -> str:
     )
 
 
+def _sizes(data: ReportData) -> str:
+    return (
+        "Mean step against the most device memory that a strategy's experts take, both log; a "
+        "point a cache size, all strategies with the same slots. `on_demand` keeps nothing, so it "
+        "is one point; `top_k` pins at most half of a layer."
+    )
+
+
+def _cards(data: ReportData) -> str:
+    return (
+        "Tokens per second of all requests together, with as many experts on each card as fit; "
+        "log axis. Cards from the least memory to the most."
+    )
+
+
+def _hybrids(data: ReportData) -> str:
+    return (
+        "Change of the mean step by wrapping a strategy, beside the best of its parts on the same "
+        "draws; left of the line is faster. Hollow: on a cautious host, which slows copies and "
+        "computes slowly."
+    )
+
+
 def _has_oracle(data: ReportData) -> bool:
     return "oracle" in data.run.strategies
 
@@ -155,6 +178,10 @@ def _counted(data: ReportData) -> str:
 
 def _planned(data: ReportData) -> str:
     return "Predicted by the tuner (`moejax tune-cache`) from hit curves and the cost model."
+
+
+def _of_cards(data: ReportData) -> str:
+    return f"Simulated {routing(data)}, with each card's own profile."
 
 
 def _of_the_study(data: ReportData) -> str:
@@ -187,6 +214,9 @@ _SHOWS: Mapping[str, Callable[[ReportData], str]] = MappingProxyType(
         "claims_oracle": _claims_oracle,
         "claims_batch": _claims_batch,
         "claims_memory": _claims_memory,
+        "sizes": _sizes,
+        "cards": _cards,
+        "hybrids": _hybrids,
     }
 )
 
@@ -198,6 +228,7 @@ _RESTS_ON: Mapping[str, Callable[[ReportData], str]] = MappingProxyType(
         "claims_oracle": _of_the_study,
         "claims_batch": _of_the_study,
         "claims_memory": _of_the_study,
+        "cards": _of_cards,
     }
 )
 
@@ -220,5 +251,8 @@ _TITLES = MappingProxyType(
         "claims_oracle": "The oracle and the limit of prefetch",
         "claims_batch": "Batches: one after another, or in lockstep",
         "claims_memory": "Memory of the claimed hit rates",
+        "sizes": "What memory buys",
+        "cards": "Speed of six cards",
+        "hybrids": "Hybrids beside their parts",
     }
 )

@@ -9,8 +9,16 @@ from ._data import ReportData
 from ._numbers import format_count, format_factor
 from ._summary import Cell, Estimate, estimate, scaling_factor, speedup
 
+
+class Ours(NamedTuple):
+    """An estimate and the places in `results.json` that it was made from."""
+
+    estimate: Estimate
+    places: tuple[str, ...]
+
+
 Writer = Callable[[float], str]
-Ours = Callable[[ReportData, str, str], Estimate | None]
+Finder = Callable[[ReportData, str, str], Ours | None]
 
 
 class Quantity(NamedTuple):
@@ -22,7 +30,7 @@ class Quantity(NamedTuple):
       column: Column of that table; empty where the table has one number a strategy.
       scale: What one claimed unit is in ours.
       write: Writes a value in our unit.
-      ours: Estimate for a strategy at a dispatch, None where the run lacks it.
+      find: Ours for a strategy at a dispatch, None where the run lacks it.
       reason: Why the numbers differ, in one line.
       conflicts: Ids of `known_conflicts` that the reason rests on.
     """
@@ -32,7 +40,7 @@ class Quantity(NamedTuple):
     column: str
     scale: float
     write: Writer
-    ours: Ours
+    find: Finder
     reason: str
     conflicts: tuple[str, ...] = ()
 
@@ -43,7 +51,7 @@ class AuditRow(NamedTuple):
     quantity: Quantity
     strategy: str
     claimed: float
-    ours: Estimate | None
+    ours: Ours | None
 
 
 def audit_dispatch(data: ReportData) -> str:
@@ -55,10 +63,11 @@ def audit(data: ReportData) -> tuple[AuditRow, ...]:
     """Every claimed number that a bench run can speak about, beside ours."""
     dispatch = audit_dispatch(data)
     return tuple(
-        AuditRow(quantity, strategy, claimed * quantity.scale, ours)
+        AuditRow(
+            quantity, strategy, claimed * quantity.scale, quantity.find(data, strategy, dispatch)
+        )
         for quantity in QUANTITIES
         for strategy, claimed in _claimed(data.claims, quantity).items()
-        for ours in [quantity.ours(data, strategy, dispatch)]
     )
 
 
@@ -72,34 +81,47 @@ def _claimed(claims: Mapping[str, Any], quantity: Quantity) -> dict[str, float]:
     return {name: row[index] for name, row in table.items() if name != "columns"}
 
 
-def _at(batch_size: int, value: Callable[[Cell], Estimate]) -> Ours:
-    def ours(data: ReportData, strategy: str, dispatch: str) -> Estimate | None:
+def _at(batch_size: int, value: Callable[[Cell], Estimate]) -> Finder:
+    def find(data: ReportData, strategy: str, dispatch: str) -> Ours | None:
         cell = data.summary.cell(strategy, batch_size, dispatch)
-        return None if cell is None else value(cell)
+        return None if cell is None else Ours(value(cell), (cell.place,))
 
-    return ours
+    return find
 
 
-def _mean_speedup(data: ReportData, strategy: str, dispatch: str) -> Estimate | None:
-    found = [
-        speedup(data.summary, strategy, "on_demand", batch_size, dispatch)
+def _mean_speedup(data: ReportData, strategy: str, dispatch: str) -> Ours | None:
+    found = {
+        batch_size: speedup(data.summary, strategy, "on_demand", batch_size, dispatch)
         for batch_size in data.run.batch_sizes
+    }
+    means = [one.mean for one in found.values() if one is not None]
+    if not means:
+        return None
+    read = [
+        cell.place
+        for name in ("on_demand", strategy)
+        for cell in data.series(name, dispatch)
+        if found[cell.key.batch_size] is not None
     ]
-    means = [one.mean for one in found if one is not None]
-    return _without_interval(means) if means else None
+    return Ours(_without_interval(means), tuple(read))
 
 
-def _mean_hit_ratio(data: ReportData, strategy: str, dispatch: str) -> Estimate | None:
-    means = [cell.hit_ratio.mean for cell in data.series(strategy, dispatch)]
-    return _without_interval(means) if means else None
+def _mean_hit_ratio(data: ReportData, strategy: str, dispatch: str) -> Ours | None:
+    cells = data.series(strategy, dispatch)
+    if not cells:
+        return None
+    means = [cell.hit_ratio.mean for cell in cells]
+    return Ours(_without_interval(means), tuple(cell.place for cell in cells))
 
 
-def _scaling(data: ReportData, strategy: str, dispatch: str) -> Estimate | None:
+def _scaling(data: ReportData, strategy: str, dispatch: str) -> Ours | None:
     # The claim is batch 16 over batch 1; another pair would be another quantity.
     sizes = data.run.batch_sizes
-    if (sizes[0], sizes[-1]) != (1, 16):
+    factor = scaling_factor(data.summary, data.run, strategy, dispatch)
+    if (sizes[0], sizes[-1]) != (1, 16) or factor is None:
         return None
-    return scaling_factor(data.summary, data.run, strategy, dispatch)
+    ends = [cell for cell in data.series(strategy, dispatch) if cell.key.batch_size in (1, 16)]
+    return Ours(factor, tuple(cell.place for cell in reversed(ends)))
 
 
 def _tail(cell: Cell) -> Estimate:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moejax.claims import load_claims
 
+from ._constraints import Constraint
 from ._run import BenchRun, read_run
 from ._summary import Cell, Summary, summarise
 
@@ -17,11 +18,21 @@ class NotDrawnError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-    """Read once, then only looked at."""
+    """Read once, then only looked at.
+
+    Attributes:
+      run: What `moejax bench` wrote.
+      summary: Its grid by cell.
+      claims: Of the reference study.
+      constraints: What the user wants of a choice.
+      prices_usd: What the user says that cards cost, by profile.
+    """
 
     run: BenchRun
     summary: Summary
     claims: Mapping[str, Any]
+    constraints: tuple[Constraint, ...] = ()
+    prices_usd: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def dispatch(self) -> str:

@@ -1,4 +1,4 @@
-"""The report as text: answer first, then figures, tables, audit, method and limits."""
+"""The report as text: answer first, then figures, tables, audit, method, limits and glossary."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +11,20 @@ from ._answer import answer
 from ._captions import caption, title
 from ._claims import AuditRow, audit, audit_dispatch
 from ._data import NotDrawnError, ReportData
+from ._further_text import further_section
+from ._glossary import glossary, strategies_table
 from ._numbers import (
     NOTHING,
     escape,
     format_constant,
-    format_count,
+    format_field,
     format_with_interval,
     markdown_table,
 )
+from ._places import RESULTS_FILE, link, pointer
+from ._selection_text import selection_section
+from ._statistics_text import statistics_section
 from ._study_text import study_section
-from ._summary import CONFIDENCE_RATIO, NUM_RESAMPLES
 from ._tables import (
     compute_table,
     hit_curve_table,
@@ -33,9 +37,13 @@ from ._tables import (
     transfer_table,
 )
 from ._wording import constants_by_kind, hardware_title, listed, num_runs, provenance
-from .figures import CLAIMS_FIGURES
+from ._worth_text import worth_section
+from .figures import CLAIMS_FIGURES, FURTHER_FIGURES
+from .statistics import CONFIDENCE_RATIO, NUM_RESAMPLES
 
 STUDY_MODEL = "reference-study"
+
+_OF_A_SECTION = (*CLAIMS_FIGURES, *FURTHER_FIGURES.values())
 
 
 def report_markdown(data: ReportData, drawn: Sequence[str], not_drawn: Mapping[str, str]) -> str:
@@ -48,21 +56,27 @@ def report_markdown(data: ReportData, drawn: Sequence[str], not_drawn: Mapping[s
     """
     model = data.run.model["name"]
     sections = [
-        f"# {model} on {data.run.hardware['name']}: which experts to keep",
+        f"# Which experts to keep: {model} on {data.run.hardware['name']}",
+        "## What to do with this card",
         answer(data),
         f"> {provenance(data)}",
         _how_to_read(data),
+        *selection_section(data),
         "## Figures",
-        *(_figure(name, data) for name in drawn if name not in CLAIMS_FIGURES),
+        *(_figure(name, data) for name in drawn if name not in _OF_A_SECTION),
         _missing(not_drawn),
         "## Tables",
         *_tables(data),
+        *statistics_section(data),
+        *worth_section(data),
+        *further_section(data, _of_experiments(data, drawn)),
         "## The study's claims",
         *_audit(data, [_figure(name, data) for name in drawn if name in CLAIMS_FIGURES]),
         _measured(data),
         _method(data),
         _limits(data),
         _environment(data),
+        glossary(),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -74,15 +88,16 @@ def _how_to_read(data: ReportData) -> str:
         "- A *step* decodes one token for every request of the batch. Times and bytes are per "
         "step unless something else is said.",
         "- A *slot* is room for one expert on the device. Their number is a setting of this run "
-        "(`moejax bench --slots` or `--budget`), not what fits: `moejax estimate --model "
-        f"{data.run.model['name']} --budget SIZE --include-dense` says how many a card holds "
-        "beside the dense weights.",
+        "(`moejax bench --slots` or `--budget`).",
         "- A *hit* is a demanded expert that was resident; a *late* one was on its way and the "
         "step waited for the rest; a *miss* was copied on demand. *Wasted* bytes were prefetched "
         "and not used. *Stall* is time that no compute hides.",
         f"- Intervals are {100 * CONFIDENCE_RATIO:g} % bootstrap intervals over "
         f"{num_runs(data)} draws of requests. A difference within its interval is called a tie.",
         "- Strategies are ranked by latency; a higher hit ratio that does not save time is no win.",
+        f"- A linked number leads to the records in `{RESULTS_FILE}` that it was made from, and a "
+        "linked name to those of its row: `#/grid/0-9` are the items 0 to 9 of the list `grid`, "
+        "and `;` joins several places.",
     ]
     if len(data.run.dispatches) > 1:
         lines.append(
@@ -96,21 +111,27 @@ def _how_to_read(data: ReportData) -> str:
             "sequential": "the requests of a batch are replayed one after another",
         }[shown]
         lines.append(f"- Dispatch is *{shown}* throughout: {meaning}.")
-    return lines[0] + "\n\n" + "\n".join(lines[1:])
+    text = lines[0] + "\n\n" + "\n".join(lines[1:])
+    return f"{text}\n\n{strategies_table(data.run.strategies)}".rstrip()
 
 
 def _figure(name: str, data: ReportData) -> str:
     words = caption(name, data)
     shows = escape(title(name))
-    return (
-        f"### {title(name)}\n\n![{shows}](figures/{name}.png)\n\n"
-        f"*{words}* ([SVG](figures/{name}.svg))"
-    )
+    return f"### {title(name)}\n\n[![{shows}](figures/{name}.png)](figures/{name}.svg)\n\n*{words}*"
+
+
+def _of_experiments(data: ReportData, drawn: Sequence[str]) -> dict[str, str]:
+    return {
+        experiment: _figure(name, data)
+        for experiment, name in FURTHER_FIGURES.items()
+        if name in drawn
+    }
 
 
 def _missing(not_drawn: Mapping[str, str]) -> str:
-    # The section on the claims says itself what an audit would add.
-    not_drawn = {name: why for name, why in not_drawn.items() if name not in CLAIMS_FIGURES}
+    # The section on the claims says itself what an audit would add, that on choosing what --full.
+    not_drawn = {name: why for name, why in not_drawn.items() if name not in _OF_A_SECTION}
     if not not_drawn:
         return ""
     lines = [f"- {title(name)}: {reason}." for name, reason in not_drawn.items()]
@@ -171,9 +192,15 @@ def _audit_row(row: AuditRow) -> tuple[str, ...]:
         row.quantity.title,
         f"`{row.strategy}`",
         row.quantity.write(row.claimed),
-        format_with_interval(row.ours, row.quantity.write),
+        _ours(row),
         row.quantity.reason + (f" ({ids})" if ids else ""),
     )
+
+
+def _ours(row: AuditRow) -> str:
+    if row.ours is None:
+        return NOTHING
+    return link(format_with_interval(row.ours.estimate, row.quantity.write), *row.ours.places)
 
 
 def _geometry(data: ReportData) -> str:
@@ -252,7 +279,7 @@ def _constants(data: ReportData) -> str:
         error, unit = constant.get("standard_error"), str(constant["unit"])
         rows.append(
             (
-                f"`{name}`",
+                link(f"`{name}`", pointer("hardware", "constants", name)),
                 format_constant(constant["value"], unit),
                 NOTHING if error is None else format_constant(error, unit),
                 str(constant["kind"]),
@@ -271,8 +298,12 @@ def _limits(data: ReportData) -> str:
         "- Every latency is simulated; none was measured on this hardware. Intervals cover the "
         "draw of requests, not the error of the cost model.",
     ]
-    unmeasured = [(kind, kinds[kind]) for kind in ("datasheet", "assumed") if kind in kinds]
-    lines += [f"- Constants that are {kind}, not measured: {listed(n)}." for kind, n in unmeasured]
+    unmeasured = (("datasheet", "taken from a datasheet"), ("assumed", "assumed"))
+    lines += [
+        f"- Constants of the clock that are {said}, not measured: {listed(kinds[kind])}."
+        for kind, said in unmeasured
+        if kind in kinds
+    ]
     if data.run.hardware.get("note"):
         lines.append(f"- The profile's own note: {data.run.hardware['note']}")
     if data.run.trace.get("workload") is not None:
@@ -290,8 +321,9 @@ def _limits(data: ReportData) -> str:
 def _environment(data: ReportData) -> str:
     environment = data.run.environment
     rows = [
-        (name, _plain(value))
-        for name, value in [*environment.items(), *data.run.settings.items()]
+        (link(name, pointer(section, name)), format_field(value))
+        for section, holder in (("environment", environment), ("settings", data.run.settings))
+        for name, value in holder.items()
         if name != "argv"
     ]
     parts = [
@@ -303,13 +335,3 @@ def _environment(data: ReportData) -> str:
         command = shlex.join(str(word) for word in argv)
         parts += ["The command that made `results.json`:", f"```sh\n{command}\n```"]
     return "\n\n".join(parts)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
-    if isinstance(value, list):
-        # Slots come as one number a layer; a long list of one value says it once.
-        same = len(value) > 3 and all(item == value[0] for item in value)
-        return f"{value[0]} ({len(value)} times)" if same else ", ".join(map(_plain, value))
-    return format_count(value) if isinstance(value, float) else str(value)

@@ -1,7 +1,8 @@
 """Numbers as the report writes them: three significant digits and a unit."""
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
 
 from moejax.units import format_bytes, format_seconds
 
@@ -56,6 +57,17 @@ def format_constant(value: float, unit: str) -> str:
         "1": format_count,
     }
     return writers[unit](value) if unit in writers else f"{format_count(value)} {unit}"
+
+
+def format_field(value: Any) -> str:
+    """A setting of a run, with all that it holds."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {format_field(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        # Slots come as one number a layer; a long list of one value says it once.
+        same = len(value) > 3 and all(item == value[0] for item in value)
+        return f"{value[0]} ({len(value)} times)" if same else ", ".join(map(format_field, value))
+    return format_count(value) if isinstance(value, float) else str(value)
 
 
 def markdown_table(

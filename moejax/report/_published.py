@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 PUBLISHED_SOURCE = "arXiv:2505.16056, figure, digitised"
+PUBLISHED_ADDRESS = "https://arxiv.org/abs/2505.16056"
 PUBLISHED_ERROR_RATIO = 0.03
 """How well the points could be read off the figure."""
 

@@ -9,7 +9,9 @@ from moejax.errors import BadFileError
 from moejax.results import read_json
 
 from ._check import Checker
+from ._further import Further, read_further
 from ._palette import STRATEGY_ORDER
+from ._places import PLAN_FILE, RESULTS_FILE, pointer
 from ._study import Study, read_study
 
 SCHEMA = "moejax.bench/1"
@@ -46,7 +48,8 @@ class StepLatency:
 class Record:
     """One point of the grid: one strategy at one batch size on one draw of requests.
 
-    Bytes and seconds are means per decode step; counts are totals over the run.
+    Bytes and seconds are means per decode step; counts are totals over the run. `pointer` is
+    where the record stands in `results.json`.
     """
 
     strategy: str
@@ -68,6 +71,7 @@ class Record:
     compute_s: float
     transfer_s: float
     memory_bytes: float
+    pointer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +85,17 @@ class HitCurve:
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """One memory tier of a plan of `moejax tune-cache`, experts counted per layer."""
+    """One memory tier of a plan of `moejax tune-cache`, experts counted per layer.
+
+    `file` and `pointer` say where it stands.
+    """
 
     name: str
     memory: str
     capacity_bytes: float
     experts_per_layer: tuple[int, ...]
+    file: str
+    pointer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +114,7 @@ class BenchRun:
       measured: Timings of the machine that ran the bench: `transfer` and `compute` lists.
       tiers: Fastest first; empty when there is no plan.
       study: The reference study's experiment and its audited claims; None without `--audit`.
+      further: The experiments of `--full` by key; empty without it.
     """
 
     environment: Mapping[str, Any]
@@ -118,6 +128,7 @@ class BenchRun:
     measured: Mapping[str, Sequence[Mapping[str, Any]]]
     tiers: tuple[Tier, ...]
     study: Study | None = None
+    further: Further = dataclasses.field(default_factory=dict)
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -146,10 +157,13 @@ def display_order(strategies: set[str]) -> tuple[str, ...]:
 def read_run(folder: Path) -> BenchRun:
     """Reads and checks `folder/results.json`, and `folder/plan.json` where there is one.
 
+    Args:
+      folder: What `moejax bench --out` wrote.
+
     Raises:
       BadFileError: A file is missing, damaged, of another schema, or inconsistent.
     """
-    path = folder / "results.json"
+    path = folder / RESULTS_FILE
     if not path.is_file():
         raise BadFileError(
             f"{folder} has no results.json",
@@ -158,10 +172,13 @@ def read_run(folder: Path) -> BenchRun:
     check = Checker(path, "Run `moejax bench` again to make a new one.")
     content = check.mapping(read_json(path), "the file")
     if content.get("schema") != SCHEMA:
+        is_older = str(content.get("schema")).startswith(f"{SCHEMA.partition('/')[0]}/")
         raise BadFileError(
             f"{path} has schema {content.get('schema')!r}, not {SCHEMA!r}",
             "Run this version's `moejax bench` again; older results need the version that "
-            "wrote them.",
+            "wrote them."
+            if is_older
+            else "Name a run of `moejax bench` (without --engine), which this report is about.",
         )
     sections = {name: check.mapping(content.get(name), name) for name in _SECTIONS}
     check.number(sections["model"], "expert_bytes", "model", is_positive=True)
@@ -179,6 +196,7 @@ def read_run(folder: Path) -> BenchRun:
         measured=_measured(check, content.get("measured") or {}),
         tiers=_tiers(folder, content.get("tune")),
         study=read_study(check, content.get("study"), content.get("audit")),
+        further=read_further(check, content),
     )
 
 
@@ -190,12 +208,12 @@ def _records(check: Checker, grid: Any, baseline: Any) -> tuple[Record, ...]:
     rows = check.sequence(grid, "grid")
     if not rows:
         raise check.fail("grid is empty, so there is nothing to report")
-    places = [(row, f"grid[{index}]") for index, row in enumerate(rows)]
-    places += [
-        (row, f"baseline[{index}]")
-        for index, row in enumerate(check.sequence(baseline, "baseline"))
-    ]
-    records = tuple(_record(check, row, place) for row, place in places)
+    others = check.sequence(baseline, "baseline")
+    records = tuple(
+        _record(check, row, name, index)
+        for name, section in (("grid", rows), ("baseline", others))
+        for index, row in enumerate(section)
+    )
     seen: set[tuple[str, int, int, str]] = set()
     for record in records:
         key = (record.strategy, record.batch_size, record.run, record.dispatch)
@@ -208,10 +226,12 @@ def _records(check: Checker, grid: Any, baseline: Any) -> tuple[Record, ...]:
     return records
 
 
-def _record(check: Checker, row: Any, where: str) -> Record:
+def _record(check: Checker, row: Any, section: str, index: int) -> Record:
+    where = f"{section}[{index}]"
     row = check.mapping(row, where)
     latency = check.mapping(row.get("latency_s"), f"{where}.latency_s")
     fields: dict[str, Any] = {
+        "pointer": pointer(section, index),
         "strategy": check.text(row, "strategy", where),
         "dispatch": check.text(row, "dispatch", where),
         "latency_s": StepLatency(
@@ -275,22 +295,26 @@ def _measured(check: Checker, content: Any) -> dict[str, Sequence[Mapping[str, A
 
 
 def _tiers(folder: Path, tune: Any) -> tuple[Tier, ...]:
-    path = folder / "plan.json"
-    plan = read_json(path) if path.is_file() else tune
+    path = folder / PLAN_FILE
+    plan, way = (read_json(path), []) if path.is_file() else (tune, ["tune"])
     if plan is None:
         return ()
-    name = path if path.is_file() else folder / "results.json"
-    check = Checker(name, "Write it with `moejax tune-cache -o json`.")
+    name = RESULTS_FILE if way else PLAN_FILE
+    check = Checker(folder / name, "Write it with `moejax tune-cache -o json`.")
     # Commands print lists of records with -o json; a plan may stand alone in one.
-    plan = plan[0] if isinstance(plan, list) and len(plan) == 1 else plan
+    if isinstance(plan, list) and len(plan) == 1:
+        plan, way = plan[0], [*way, 0]
     rows = check.sequence(check.mapping(plan, "the plan").get("tiers"), "tiers")
-    tiers = tuple(_tier(check, row, f"tiers[{index}]") for index, row in enumerate(rows))
+    tiers = tuple(
+        _tier(check, row, f"tiers[{index}]", name, pointer(*way, "tiers", index))
+        for index, row in enumerate(rows)
+    )
     if len({len(tier.experts_per_layer) for tier in tiers}) > 1:
         raise check.fail("tiers have different numbers of layers")
     return tiers
 
 
-def _tier(check: Checker, row: Any, where: str) -> Tier:
+def _tier(check: Checker, row: Any, where: str, file: str, pointer: str) -> Tier:
     row = check.mapping(row, where)
     experts = check.numbers(row, "experts_per_layer", where)
     return Tier(
@@ -298,4 +322,6 @@ def _tier(check: Checker, row: Any, where: str) -> Tier:
         memory=check.text(row, "memory", where),
         capacity_bytes=check.number(row, "capacity_bytes", where),
         experts_per_layer=tuple(int(number) for number in experts),
+        file=file,
+        pointer=pointer,
     )

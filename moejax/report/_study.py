@@ -9,6 +9,7 @@ import numpy as np
 from moejax.claims import STRATEGIES_OF_STUDY
 
 from ._check import Checker
+from ._places import pointer
 
 VERDICTS = (
     "contradicts itself",
@@ -51,6 +52,7 @@ class AuditedClaim:
       reason: Why, in one line.
       conflicts: Ids of the `known_conflicts` that concern the claim.
       sources: JSON pointers into `results.json` to what ours was made from.
+      pointer: The same to this row.
     """
 
     claim: str
@@ -65,6 +67,7 @@ class AuditedClaim:
     reason: str
     conflicts: tuple[str, ...]
     sources: tuple[str, ...]
+    pointer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +141,7 @@ def read_study(check: Checker, study: Any, audit: Any) -> Study | None:
             _cell(check, row, f"study.grid[{index}]")
             for index, row in enumerate(check.sequence(study.get("grid"), "study.grid"))
         ),
-        rows=tuple(_row(check, row, f"audit[{index}]") for index, row in enumerate(rows)),
+        rows=tuple(_row(check, row, index) for index, row in enumerate(rows)),
     )
     _check_whole(check, whole)
     return whole
@@ -173,7 +176,8 @@ def _cell(check: Checker, row: Any, where: str) -> tuple[CellKey, Mapping[str, t
     return key, values
 
 
-def _row(check: Checker, row: Any, where: str) -> AuditedClaim:
+def _row(check: Checker, row: Any, index: int) -> AuditedClaim:
+    where = f"audit[{index}]"
     row = check.mapping(row, where)
     for name in ("claim", "verdict", "reason"):
         check.text(row, name, where)
@@ -205,6 +209,7 @@ def _row(check: Checker, row: Any, where: str) -> AuditedClaim:
         reason=row["reason"],
         conflicts=_texts(check, row, "conflicts", where),
         sources=_texts(check, row, "sources", where),
+        pointer=pointer("audit", index),
     )
 
 

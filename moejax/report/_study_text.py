@@ -1,13 +1,14 @@
 """The section on the study's claims: what is surprising, the figures, and every row."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moejax.claims import STRATEGIES_OF_STUDY, table
 from moejax.units import format_bytes, format_ratio
 
 from ._data import ReportData
 from ._numbers import NOTHING, format_count, format_factor, markdown_table
+from ._places import link
 from ._study import VERDICTS, AuditedClaim, Study
 
 
@@ -66,18 +67,20 @@ def _surprises(data: ReportData, study: Study) -> list[str]:
         f"{study.slots['stated']} experts in each of {study.facts['num_moe_layers']} layers, "
         f"{format_bytes(held_bytes)}. The {memory_mb['oracle'] / 1e3:.2f} to "
         f"{memory_mb['top_k'] / 1e3:.2f} GB that are claimed hold {study.slots['in_bytes']} a "
-        f"layer, and with those `intelligent` hits {_percent(hits.ours_otherwise)} instead of "
-        f"{_percent(hits.claimed)} and is {_factor(gain.ours_otherwise)} instead of "
-        f"{_factor(gain.claimed)} as fast as `on_demand`.",
+        f"layer, and with those `intelligent` hits {_led(_percent, hits, hits.ours_otherwise)} "
+        f"instead of {_percent(hits.claimed)} and is {_led(_factor, gain, gain.ours_otherwise)} "
+        f"instead of {_factor(gain.claimed)} as fast as `on_demand`.",
         f"**Latency is linear in the batch only one request after another.** A batch of 16 then "
-        f"takes {_factor(growth['on_demand'].ours)} as long as one request, as claimed; decoded in "
-        f"lockstep, sharing experts, it takes {_factor(together[least])} (`{least}`) to "
-        f"{_factor(together[most])} (`{most}`).",
+        f"takes {_led(_factor, growth['on_demand'], growth['on_demand'].ours)} as long as one "
+        "request, as claimed; decoded in lockstep, sharing experts, it takes "
+        f"{_led(_factor, growth[least], together[least])} (`{least}`) to "
+        f"{_led(_factor, growth[most], together[most])} (`{most}`).",
         f"**Prefetching alone cannot give the claimed speedups.** An `on_demand` step computes "
         f"for {format_ratio(_compute_ratio(study))} of its time, so hiding transfers behind "
         f"compute gives at most {format_factor(_prefetch_bound(study))}; the rest is what a cache "
-        f"keeps. The oracle reaches {_factor(oracle.ours)} with {study.slots['stated']} slots in "
-        f"every layer and {_factor(oracle.ours_otherwise)} with the claimed memory; "
+        f"keeps. The oracle reaches {_led(_factor, oracle, oracle.ours)} with "
+        f"{study.slots['stated']} slots in every layer and "
+        f"{_led(_factor, oracle, oracle.ours_otherwise)} with the claimed memory; "
         f"{_factor(oracle.claimed)} is claimed.",
         f"**The study excludes {num_excluded} of its own figures.** Its throughput at batch 16, "
         f"{format_count(throughput)} requests a second, is ten times what its latency gives "
@@ -110,7 +113,7 @@ def _every_row(rows: Sequence[AuditedClaim]) -> str:
     ordered = sorted(rows, key=lambda row: VERDICTS.index(row.verdict))
     lines = [
         (
-            f"`{row.claim}`",
+            link(f"`{row.claim}`", row.pointer),
             _quoted(row.claimed, row.unit),
             _written(row.ours, row.unit),
             _interval(row),
@@ -166,6 +169,13 @@ def _percent(value: float | str | None) -> str:
 
 def _factor(value: float | str | None) -> str:
     return format_factor(value) if isinstance(value, int | float) else NOTHING
+
+
+def _led(
+    write: Callable[[float | str | None], str], row: AuditedClaim, value: float | str | None
+) -> str:
+    """A number of a row of the audit, led to that row."""
+    return link(write(value), row.pointer)
 
 
 def _compute_ratio(study: Study) -> float:

@@ -9,12 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._places import place
 from ._run import BenchRun, Record
-
-NUM_RESAMPLES = 2_000
-CONFIDENCE_RATIO = 0.95
-
-_SEED = 0
+from .statistics import percentile_interval, resamples
 
 
 class Estimate(NamedTuple):
@@ -40,9 +37,11 @@ class Cell:
 
     Bytes and seconds are per decode step. Percentiles are over the steps of a run, averaged over
     runs; `step_cv_ratio` is likewise the standard deviation over steps divided by the mean.
+    `place` is where its records stand in `results.json`.
     """
 
     key: CellKey
+    place: str
     num_runs: int
     slots: float
     capacity_bytes: float
@@ -105,7 +104,7 @@ def estimate(samples: Sequence[float]) -> Estimate:
     values = np.asarray(samples, dtype=np.float64)
     if len(values) < 2:
         return Estimate(float(values.mean()), math.nan, math.nan, math.nan)
-    low, high = _interval(values[_resamples(len(values))].mean(axis=1))
+    low, high = percentile_interval(values[resamples(len(values))].mean(axis=1))
     return Estimate(float(values.mean()), float(values.std(ddof=1)), low, high)
 
 
@@ -125,7 +124,7 @@ def speedup(
     shared = sorted(own.keys() & base.keys())
     if not shared:
         return None
-    return _ratio_estimate([base[run] for run in shared], [own[run] for run in shared])
+    return ratio_of_pairs([base[run] for run in shared], [own[run] for run in shared])
 
 
 def scaling_factor(
@@ -142,7 +141,7 @@ def scaling_factor(
     shared = sorted(low.keys() & high.keys())
     if smallest == largest or not shared:
         return None
-    return _ratio_estimate([high[index] for index in shared], [low[index] for index in shared])
+    return ratio_of_pairs([high[index] for index in shared], [low[index] for index in shared])
 
 
 def pareto_front(
@@ -165,6 +164,7 @@ def _cell(key: CellKey, rows: tuple[Record, ...]) -> Cell:
 
     return Cell(
         key=key,
+        place=place(row.pointer for row in rows),
         num_runs=len(rows),
         slots=max(row.slots for row in rows),
         capacity_bytes=max(row.capacity_bytes for row in rows),
@@ -197,23 +197,13 @@ def _latency_by_run(
     return {row.run: row.latency_s.mean for row in rows}
 
 
-def _ratio_estimate(above: Sequence[float], below: Sequence[float]) -> Estimate:
+def ratio_of_pairs(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Mean of the first divided by that of the second; their items are pairs, resampled as such."""
     above_array, below_array = np.asarray(above), np.asarray(below)
     mean = float(above_array.mean() / below_array.mean())
     if len(above_array) < 2:
         return Estimate(mean, math.nan, math.nan, math.nan)
-    drawn = _resamples(len(above_array))
-    low, high = _interval(above_array[drawn].mean(axis=1) / below_array[drawn].mean(axis=1))
+    drawn = resamples(len(above_array))
+    resampled = above_array[drawn].mean(axis=1) / below_array[drawn].mean(axis=1)
+    low, high = percentile_interval(resampled)
     return Estimate(mean, float((above_array / below_array).std(ddof=1)), low, high)
-
-
-def _resamples(num_samples: int) -> np.ndarray:
-    # One fixed draw for all: the report of a run is the same bytes whoever makes it.
-    generator = np.random.default_rng(_SEED)
-    return generator.integers(num_samples, size=(NUM_RESAMPLES, num_samples))
-
-
-def _interval(resampled: Float[np.ndarray, " resamples"]) -> tuple[float, float]:
-    tail = (1 - CONFIDENCE_RATIO) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)

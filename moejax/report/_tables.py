@@ -1,6 +1,8 @@
 """The tables behind the figures, written from the same cells."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +19,11 @@ from ._numbers import (
     format_with_interval,
     markdown_table,
 )
-from ._published import published_points
-from ._summary import Cell, pareto_front, scaling_factor, speedup
+from ._places import link, pointer
+from ._published import PUBLISHED_ADDRESS, published_points
+from ._summary import Cell, CellKey, pareto_front, scaling_factor, speedup
+
+_ENDS = MappingProxyType({"h": "host", "d": "device"})
 
 
 def latency_table(data: ReportData, dispatch: str) -> str:
@@ -29,7 +34,7 @@ def latency_table(data: ReportData, dispatch: str) -> str:
     )  # fmt: skip
     rows = [
         (
-            f"`{cell.key.strategy}`",
+            link(f"`{cell.key.strategy}`", cell.place),
             str(cell.key.batch_size),
             str(cell.num_runs),
             format_seconds(cell.latency_s.mean),
@@ -53,7 +58,7 @@ def traffic_table(data: ReportData, dispatch: str) -> str:
     )  # fmt: skip
     rows = [
         (
-            f"`{cell.key.strategy}`",
+            link(f"`{cell.key.strategy}`", cell.place),
             str(cell.key.batch_size),
             format_ratio(cell.hit_ratio.mean),
             format_ratio(cell.hit_ratio.std) if cell.num_runs > 1 else NOTHING,
@@ -82,12 +87,7 @@ def speedup_table(data: ReportData, baseline: str, dispatch: str) -> str:
     rows = [
         (
             f"`{strategy}`",
-            *(
-                format_with_interval(
-                    speedup(data.summary, strategy, baseline, size, dispatch), format_factor
-                )
-                for size in sizes
-            ),
+            *(_speedup(data, CellKey(strategy, size, dispatch), baseline) for size in sizes),
         )
         for strategy in data.run.strategies
         if strategy != baseline
@@ -110,11 +110,15 @@ def scaling_table(data: ReportData, dispatch: str) -> str:
     for strategy in data.run.strategies:
         factor = scaling_factor(data.summary, data.run, strategy, dispatch)
         ends = [data.summary.cell(strategy, size, dispatch) for size in (smallest, largest)]
-        rates = [
-            NOTHING if end is None else f"{format_count(end.throughput_tokens_per_s.mean)} tokens/s"
-            for end in ends
-        ]
-        rows.append((f"`{strategy}`", format_with_interval(factor, format_factor), *rates))
+        found = [end for end in ends if end is not None]
+        grown = format_with_interval(factor, format_factor)
+        rows.append(
+            (
+                f"`{strategy}`",
+                link(grown, *(end.place for end in reversed(found))) if factor else NOTHING,
+                *(NOTHING if end is None else _throughput(end) for end in ends),
+            )
+        )
     header = (
         "strategy",
         f"latency at batch {largest} / batch {smallest}",
@@ -138,7 +142,7 @@ def pareto_table(data: ReportData) -> str:
     by_memory, by_hits = pareto_front(memory, -latency_s), pareto_front(memory, hits)
     rows = [
         (
-            f"`{cell.key.strategy}`",
+            link(f"`{cell.key.strategy}`", cell.place),
             format_bytes(memory[index]),
             format_count(complexity[index]),
             format_seconds(latency_s[index]),
@@ -170,11 +174,15 @@ def hit_curve_table(data: ReportData) -> str:
     rows = []
     for name, curve in curves.items():
         ours = dict(zip(curve.slots, curve.hit_ratio_warm, strict=True))
-        rows.append((f"`{name}`", *(_ratio(ours.get(slot)) for slot in slots)))
+        named = link(f"`{name}`", pointer("hit_curve", name))
+        rows.append((named, *(_ratio(ours.get(slot)) for slot in slots)))
         if name in published:
             theirs = published[name]
             rows.append(
-                (f"`{name}`, published", *(_ratio(theirs.get(int(slot))) for slot in slots))
+                (
+                    f"`{name}`, [published]({PUBLISHED_ADDRESS})",
+                    *(_ratio(theirs.get(int(slot))) for slot in slots),
+                )
             )
     return markdown_table(("slots per layer", *(format(slot, "g") for slot in slots)), rows)
 
@@ -189,7 +197,7 @@ def tiers_table(data: ReportData) -> str:
         raise NotDrawnError("there is no plan")
     rows = [
         (
-            tier.name,
+            link(tier.name, tier.pointer, file=tier.file),
             tier.memory,
             format_bytes(tier.capacity_bytes),
             str(sum(tier.experts_per_layer)),
@@ -208,10 +216,10 @@ def transfer_table(data: ReportData) -> str:
       NotDrawnError: Nothing was timed.
     """
     rows = []
-    for row in _timed(data, "transfer"):
+    for index, row in enumerate(_timed(data, "transfer")):
         times = Measurement("copy", "s", tuple(row["samples_s"]))
         rate = row["num_bytes"] / times.median if times.median else float("nan")
-        where = f"{row.get('memory', '')} {row.get('direction', '')}".strip()
+        where = link(_way(row), pointer("measured", "transfer", index))
         rows.append((where, format_bytes(row["num_bytes"]), *_times(times), _rate(rate)))
     header = ("copy", "size", "samples", "median", "p05 to p95", "rate at the median")
     return markdown_table(header, rows)
@@ -225,11 +233,11 @@ def compute_table(data: ReportData) -> str:
     """
     rows = [
         (
-            str(row.get("num_tokens", NOTHING)),
+            link(str(row.get("num_tokens", NOTHING)), pointer("measured", "compute", index)),
             format_bytes(row["num_bytes"]),
             *_times(Measurement("compute", "s", tuple(row["samples_s"]))),
         )
-        for row in _timed(data, "compute")
+        for index, row in enumerate(_timed(data, "compute"))
     ]
     return markdown_table(("tokens", "weights", "samples", "median", "p05 to p95"), rows)
 
@@ -238,6 +246,27 @@ def _every_cell(data: ReportData, dispatch: str) -> Sequence[Cell]:
     cells = [cell for cell in data.summary.cells.values() if cell.key.dispatch == dispatch]
     order = {name: index for index, name in enumerate(data.run.strategies)}
     return sorted(cells, key=lambda cell: (cell.key.batch_size, order[cell.key.strategy]))
+
+
+def _speedup(data: ReportData, key: CellKey, baseline: str) -> str:
+    """A ratio of mean latencies, led to the records of both."""
+    ratio = speedup(data.summary, key.strategy, baseline, *key[1:])
+    cells = (data.summary.cell(name, *key[1:]) for name in (baseline, key.strategy))
+    if ratio is None:
+        return NOTHING
+    written = format_with_interval(ratio, format_factor)
+    return link(written, *(cell.place for cell in cells if cell is not None))
+
+
+def _throughput(cell: Cell) -> str:
+    return link(f"{format_count(cell.throughput_tokens_per_s.mean)} tokens/s", cell.place)
+
+
+def _way(row: Mapping[str, Any]) -> str:
+    """From where to where a copy went: `h2d` is from the host to the device."""
+    ends = str(row.get("direction", "")).split("2")
+    way = " to ".join(_ENDS.get(end, end) for end in ends)
+    return f"{way} ({row['memory']})" if row.get("memory", "host") != "host" else way or "copy"
 
 
 def _timed(data: ReportData, kind: str) -> Sequence:

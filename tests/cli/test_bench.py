@@ -216,6 +216,27 @@ def test_an_audit_is_asked_for(tmp_path, trace, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["audit"] == [{"claim": "hardware"}]
 
 
-def test_an_engine_is_not_audited(capsys):
-    assert cli.main(["bench", "--engine", "--audit"]) == 2
-    assert "--audit has no meaning for a real engine" in capsys.readouterr().err
+def test_everything_is_an_audit_and_more(tmp_path, trace, monkeypatch):
+    asked = []
+
+    def further(settings, model, hardware, requests, profile, **options):
+        asked.append((settings.strategies, model.name, hardware.name, settings.num_runs))
+        return {"capacities": {"cells": []}}
+
+    monkeypatch.setattr("moejax.bench._run.run_audit", lambda *_, **__: {"audit": []})
+    monkeypatch.setattr("moejax.bench._run.run_further", further)
+    command = (
+        f"bench --trace {trace} --no-measure --quick --strategies on_demand --batch-sizes 1 "
+        f"--runs 2 --out {tmp_path} --full"
+    )
+    assert cli.main(command.split()) == 0
+    assert asked == [(("on_demand", "lru"), "tiny-moe", "rtx-3090", 2)]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["audit"] == []
+    assert results["capacities"] == {"cells": []}
+
+
+@pytest.mark.parametrize("option", ["--audit", "--full"])
+def test_an_engine_is_not_audited(option, capsys):
+    assert cli.main(["bench", "--engine", option]) == 2
+    assert f"{option} has no meaning for a real engine" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A made-up bench run: numbers by formula, so that tests know what the report must say."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,11 @@ def write_run(folder: Path, content: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+def without_links(text: str) -> str:
+    """Markdown with the words of its links alone."""
+    return re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", text)
 
 
 def _record(

@@ -14,12 +14,12 @@ from moejax.report import FIGURES, ReportData, load_data
 from moejax.report._captions import caption, title
 from moejax.report._data import NotDrawnError
 from moejax.report._palette import look
-from moejax.report.figures import CLAIMS_FIGURES, STYLE
+from moejax.report.figures import CLAIMS_FIGURES, FURTHER_FIGURES, STYLE
 from moejax.report.figures._canvas import spread_apart, time_unit
 
 from ._factory import STUDY, plan, results, write_run
 
-OF_THE_RUN = [name for name in FIGURES if name not in CLAIMS_FIGURES]
+OF_THE_RUN = [name for name in FIGURES if name not in (*CLAIMS_FIGURES, *FURTHER_FIGURES.values())]
 
 
 def load(folder: Path, *, has_plan: bool = True, **options) -> ReportData:

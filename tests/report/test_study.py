@@ -15,7 +15,7 @@ from moejax.report._study_text import study_section
 from moejax.report.figures import CLAIMS_FIGURES, STYLE
 
 from ..bench._made_up_study import audited_results
-from ._factory import results, write_run
+from ._factory import results, without_links, write_run
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -32,7 +32,7 @@ def data(content, tmp_path_factory) -> ReportData:
 
 def test_counts_and_every_row_are_told(data, content):
     assert data.run.study is not None
-    text = "\n\n".join(study_section(data, data.run.study, []))
+    text = without_links("\n\n".join(study_section(data, data.run.study, [])))
     found = [row["verdict"] for row in content["audit"]]
     assert "Of the 177 figures and statements" in text
     for verdict, said in (
@@ -57,7 +57,7 @@ def test_counts_and_every_row_are_told(data, content):
 def test_surprises_are_the_rows_numbers(data):
     study = data.run.study
     assert study is not None
-    sentences = study_section(data, study, [])[1].splitlines()
+    sentences = without_links(study_section(data, study, [])[1]).splitlines()
     assert len(sentences) == 4
     hits = study.row("hit_rate_percent.intelligent.mean").ours_otherwise
     assert isinstance(hits, float)

@@ -115,12 +115,12 @@ def run_study(
             progress(index, len(settings.strategies), f"audit: {name}")
         strategy = STRATEGIES[name].make(profile)
         if name != BASELINE:
-            records = sequential.simulate(strategy, name, settings, draws[0].topk)
+            records = sequential.simulate(strategy, settings, draws[0].topk)
             for size in settings.batch_sizes:
                 cut = [_first_steps(record, size * num_steps) for record in records]
                 clocks = sequential.clocks
                 cells.append(_cell(name, size, "sequential", settings, cut, clocks))
-        records = batched.simulate(strategy, name, settings, draws[0].topk)
+        records = batched.simulate(strategy, settings, draws[0].topk)
         if name == BASELINE:
             # One request at a time is the same in both dispatches.
             alone = batched.clocks[: len(draws)]
@@ -168,13 +168,11 @@ class _Points:
             [settings.seed + run for _ in wanted for run in range(len(draws))],
         )
 
-    def simulate(
-        self, strategy: Strategy, name: str, settings: GridSettings, topk: int
-    ) -> list[Record]:
+    def simulate(self, strategy: Strategy, settings: GridSettings, topk: int) -> list[Record]:
         """One record a lane."""
         return simulate_lanes(
             strategy,
-            [without_unread(lane, name) for lane in self.lanes],
+            [without_unread(lane, strategy) for lane in self.lanes],
             self.clocks,
             self.capacities,
             seeds=self.seeds,

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from .._data import ReportData
 from ._canvas import STYLE as STYLE
 from ._claims import claims_batch, claims_budget, claims_memory, claims_oracle
+from ._further import cards, hybrids, sizes
 from ._hit_curve import hit_curve
 from ._hit_rate import hit_rate
 from ._latency import latency
@@ -39,8 +40,16 @@ FIGURES: Mapping[str, Callable[[ReportData], Figure]] = MappingProxyType(
         "claims_oracle": claims_oracle,
         "claims_batch": claims_batch,
         "claims_memory": claims_memory,
+        "sizes": sizes,
+        "cards": cards,
+        "hybrids": hybrids,
     }
 )
 
 CLAIMS_FIGURES = ("claims_budget", "claims_oracle", "claims_batch", "claims_memory")
 """Those that stand beside the study's claims instead of among the others."""
+
+FURTHER_FIGURES: Mapping[str, str] = MappingProxyType(
+    {"capacities": "sizes", "gpus": "cards", "hybrids": "hybrids"}
+)
+"""Those that stand beside an experiment of `--full`, by its key."""

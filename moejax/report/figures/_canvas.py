@@ -18,6 +18,9 @@ from .._summary import Cell, Estimate
 WIDTH_INCHES = 6.7
 """Text width of an A4 page with 2 cm margins."""
 
+_LEGEND_COLUMNS = 5
+"""Strategies beside each other that this width holds."""
+
 STYLE = MappingProxyType(
     {
         "font.family": "DejaVu Sans",
@@ -179,9 +182,11 @@ def strategy_axis(axes: Axes, strategies: Sequence[str]) -> None:
 
 
 def strategy_legend(figure: Figure, strategies: Sequence[str]) -> None:
-    """One legend below all panels."""
+    """One legend below all panels, in rows of the same length."""
     handles = [Line2D([], [], label=name, **line_look(name)) for name in strategies]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
+    num_rows = -(-len(handles) // _LEGEND_COLUMNS)
+    columns = -(-len(handles) // num_rows)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def label_right(figure: Figure, axes: Axes, marks: Sequence[Mark]) -> None:
