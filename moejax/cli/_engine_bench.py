@@ -304,9 +304,8 @@ def _read_traces(
     from moejax.strategies import learn_profile
     from moejax.trace import load_trace, split_profile
 
-    profile = None
-    if options.profile is not None:
-        profile = learn_profile(read_profile(options.profile, config))
+    taught = options.profile and read_profile(options.profile, config)
+    profile = learn_profile(taught) if taught else None
     if options.replay is None:
         return profile, None
     trace = load_trace(options.replay)
