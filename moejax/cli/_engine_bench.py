@@ -27,16 +27,19 @@ from ._progress import say, show_progress
 from ._routing import check_lookahead
 
 if TYPE_CHECKING:
-    from moejax.bench import Rig, Routing
+    from moejax.bench import EngineBench, EngineCase, Rig, Routing
     from moejax.offload import Scope
     from moejax.qwen_moe import QwenMoeConfig
     from moejax.strategies import Profile
     from moejax.trace import Trace
 
+Fit: TypeAlias = Callable[[Path, dict[str, Any]], None]
+"""Stores in a folder what fits a run."""
+
 _STRATEGIES = "lru,intelligent"
 _NUM_STEPS, _QUICK_STEPS = 64, 16
 _PROFILE_SHARE_RATIO = 0.3
-_MAX_BATCH = 16
+MAX_BATCH = 16
 _PROMPTS = (
     "The old lighthouse keeper climbed the stairs",
     "In mathematics, a group is a set together with",
@@ -147,7 +150,7 @@ def bench_engine(
     folder: Path,
     output: OutputFormat,
     *,
-    fit: Callable[[Path, dict[str, Any]], None],
+    fit: Fit,
 ) -> None:
     """Measures every case, with the results on disk after each, and prints a table.
 
@@ -167,19 +170,15 @@ def bench_engine(
         EngineSettings,
         describe_bench,
         make_cases,
-        measure_host_reads,
-        measure_machine,
         open_bench,
-        run_cases,
     )
     from moejax.offload import SCOPES
-    from moejax.results import write_json
     from moejax.strategies import STRATEGIES
 
     strategies = parse_names(options.strategies or _STRATEGIES, "--strategies", tuple(STRATEGIES))
     scopes = cast("tuple[Scope, ...]", parse_names(options.scopes or "layer", "--scopes", SCOPES))
-    sizes = parse_ints(options.batch_sizes or "1", "--batch-sizes", minimum=1, maximum=_MAX_BATCH)
-    config, open_rig, checkpoint = _find_model(options)
+    sizes = parse_ints(options.batch_sizes or "1", "--batch-sizes", minimum=1, maximum=MAX_BATCH)
+    config, open_rig, checkpoint = find_model(options)
     slots = (max(1, config.num_experts // 2),)
     if options.slots is not None:
         slots = parse_ints(options.slots, "--slots", minimum=0)
@@ -206,9 +205,50 @@ def bench_engine(
     num_new = max(settings.num_all_steps, settings.num_check_steps) + 1
     prompts = [] if test is not None else _read_prompts(options, config, checkpoint, num_new)
     bench = open_bench(open_rig(), settings, profile)
-    results = describe_bench(bench)
-    results["trace"] = _about(test)
+    results = describe_bench(bench) | {"trace": _about(test)}
+    measure_cases(
+        bench, cases, results, options, folder, output, routings=routings, prompts=prompts, fit=fit
+    )
+
+
+def measure_cases(
+    bench: "EngineBench",
+    cases: "Sequence[EngineCase]",
+    results: dict[str, Any],
+    options: EngineOptions,
+    folder: Path,
+    output: OutputFormat,
+    *,
+    routings: "dict[tuple[str, int], Routing]",
+    fit: Fit,
+    prompts: Sequence[Sequence[int]] = (),
+    marks: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Measures the machine and every case, stores and prints them.
+
+    Args:
+      bench: What measures.
+      cases: What is measured.
+      results: Results so far, which grow.
+      options: What was asked for.
+      folder: Where results.json goes.
+      output: Format on stdout.
+      routings: What is replayed, by name and batch size.
+      fit: Stores a profile fitted to what was measured of the machine.
+      prompts: Where generation begins.
+      marks: What is added to the record of each case.
+    """
+    from moejax.bench import EngineCase, measure_host_reads, measure_machine, run_cases
+    from moejax.results import write_json
+
     path = folder / "results.json"
+    marked = dict(zip(cases, marks, strict=True)) if marks else {}
+
+    def save(results: dict[str, Any]) -> None:
+        for row in results["engine"]:
+            row |= marked.get(EngineCase(*(row[name] for name in EngineCase._fields)), {})
+        write_json(path, results)
+
     try:
         with show_progress("engine") as progress:
             if options.measure:
@@ -223,7 +263,7 @@ def bench_engine(
                 results,
                 routings=routings,
                 prompts=prompts,
-                save=lambda results: write_json(path, results),
+                save=save,
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -237,7 +277,7 @@ def bench_engine(
     emit([_row(record) for record in results["engine"]], output)
 
 
-def _find_model(
+def find_model(
     options: EngineOptions,
 ) -> "tuple[QwenMoeConfig, Callable[[], Rig], NamedCheckpoint | None]":
     """The model's shape, how to get it ready to be measured, and its files if they are read."""
@@ -353,7 +393,7 @@ def _read_prompts(
             raise UsageError(
                 "--prompts says nothing to random weights", "Leave out one of the two options."
             )
-        shape = (_MAX_BATCH, _RANDOM_PROMPT_TOKENS)
+        shape = (MAX_BATCH, _RANDOM_PROMPT_TOKENS)
         return np.random.default_rng(options.seed).integers(0, config.vocab_size, shape).tolist()
     given = [Prompt(text, "a built-in prompt") for text in _PROMPTS]
     if options.prompts is not None:
