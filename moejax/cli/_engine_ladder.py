@@ -1,19 +1,23 @@
 """`moejax bench --engine --ladder`: cases for a profile of this machine, and others to judge it."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from moejax.errors import UsageError
 
-from ._engine_bench import MAX_BATCH, EngineOptions, Fit, find_model, measure_cases
+from ._engine_bench import MAX_BATCH, EngineOptions, find_model
+from ._engine_measure import Fit, measure_cases
 from ._options import parse_ints, parse_names
 from ._output import OutputFormat
 from ._progress import say
 
 _STRATEGIES, _BATCH_SIZES = "lru,intelligent", "1,4"
 _NUM_STEPS, _QUICK_STEPS = 128, 32
+# Tokens behind a request, for what attention takes, and the steps taken there.
+_SHORT, _LONG, _CONTEXT_STEPS = 32, 2048, 80
 # Made by a ladder itself, or told by it in another way.
 _OWN = ("scopes", "replay", "prompts", "profile", "check")
 
@@ -47,6 +51,7 @@ def bench_ladder(options: EngineOptions, folder: Path, output: OutputFormat, *, 
         ladder_plan,
         make_profile,
         make_routing,
+        measure_contexts,
         open_bench,
     )
     from moejax.strategies import STRATEGIES
@@ -80,11 +85,18 @@ def bench_ladder(options: EngineOptions, folder: Path, output: OutputFormat, *, 
     routings = {
         (recipe.label(), size): make_routing(recipe, config, model, size) for recipe, size in wanted
     }
+    results = _go_on(folder / "results.json", describe_bench(bench) | {"trace": None})
+    if "contexts" not in results:
+        contexts = (_SHORT, min(_LONG, config.max_position_embeddings - _SHORT - _CONTEXT_STEPS))
+        engine = bench.engine(plan[0].case)
+        results["contexts"] = measure_contexts(
+            bench.rig, engine, bench.sizes, bench.ceilings, contexts
+        )
     marks = [{"fit": one.is_fit, "recipe": one.recipe._asdict()} for one in plan]
     measure_cases(
         bench,
         [one.case for one in plan],
-        describe_bench(bench) | {"trace": None},
+        results,
         options,
         folder,
         output,
@@ -92,4 +104,37 @@ def bench_ladder(options: EngineOptions, folder: Path, output: OutputFormat, *, 
         marks=marks,
         fit=fit,
     )
+    num_disturbed = len(results["engine"]) - len(_undisturbed(results["engine"]))
+    if num_disturbed:
+        say(
+            f"warning: other programs disturbed {num_disturbed} case(s); the same command again "
+            "measures those again"
+        )
     say(f"next: moejax validate --against {folder}")
+
+
+def _go_on(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """The results of the same command before, less the cases that others disturbed.
+
+    Raises:
+      UsageError: What lies there is of another command.
+    """
+    from moejax.results import read_json, to_plain
+
+    if not path.exists():
+        return results
+    before = read_json(path)
+    same = ("schema", "model", "settings")
+    if not isinstance(before, dict) or any(
+        before.get(name) != to_plain(results[name]) for name in same
+    ):
+        raise UsageError(f"{path} is of another run", "Name another folder with --out.")
+    kept = _undisturbed(before["engine"])
+    say(f"{len(kept)} cases are there already")
+    return {**before, "engine": kept, "failed": []}
+
+
+def _undisturbed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    from moejax.bench import QUIET_RATIO
+
+    return [row for row in rows if (row["others_ratio"] or 0.0) <= QUIET_RATIO]
