@@ -26,7 +26,6 @@ from ._engine_rig import StepSizes as StepSizes
 from ._engine_rig import random_rig as random_rig
 from ._engine_rig import step_sizes as step_sizes
 from ._engine_run import ENGINE_SCHEMA as ENGINE_SCHEMA
-from ._engine_run import QUIET_RATIO as QUIET_RATIO
 from ._engine_run import EngineBench as EngineBench
 from ._engine_run import EngineSettings as EngineSettings
 from ._engine_run import describe_bench as describe_bench

@@ -118,7 +118,6 @@ def case_record(
             "samples": list(step_s),
         },
         "num_warmup_steps": num_warmup,
-        "others_ratio": timed.steps.others_ratio,
         "link_bytes_per_s": ceilings.link_bytes_per_s,
         "hbm_bytes_per_s": ceilings.hbm_bytes_per_s,
         "bound_sum_s": link_s + device_s,

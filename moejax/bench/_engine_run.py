@@ -1,7 +1,6 @@
 """Measuring an engine: strategies x slots x scopes x batch sizes, case by case."""
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,12 +34,6 @@ ENGINE_SCHEMA = "moejax.bench-engine/1"
 Save = Callable[[dict[str, Any]], Any]
 """Called with the results so far after every case."""
 Report = Callable[[int, int, str], None]
-
-# On a CPU, where other programs take what the steps need: a case is measured again that had less
-# of the processors to itself, so often at most and after such pauses.
-QUIET_RATIO = 0.05
-_NUM_TRIES = 3
-_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -181,16 +174,8 @@ class EngineBench:
         if routing is None:
             num_steps = self.settings.num_all_steps
             return time_generation(engine, prompts, num_steps, num_warmup=num_warmup)
-        size, context = case.batch_size, self.settings.context
-        tries: list[Timed] = []
-        for number in range(_NUM_TRIES):
-            if number:
-                time.sleep(_PAUSE_S)
-            tries.append(time_replay(engine, routing, size, context=context, num_warmup=num_warmup))
-            others_ratio = tries[-1].steps.others_ratio
-            if jax.default_backend() != "cpu" or (others_ratio or 0.0) <= QUIET_RATIO:
-                return tries[-1]
-        return min(tries, key=lambda timed: timed.steps.others_ratio or 0.0)
+        context = self.settings.context
+        return time_replay(engine, routing, case.batch_size, context=context, num_warmup=num_warmup)
 
     def _check_bits(
         self,

@@ -14,8 +14,6 @@ from jaxtyping import Int32, Shaped, UInt
 from moejax.engine import OffloadEngine, OffloadState, ReplayTable, default_lookahead
 from moejax.simulate import replay
 
-from ._others import moment, others_ratio
-
 
 class Routing(NamedTuple):
     """Routing that overrides a router.
@@ -37,13 +35,10 @@ class Steps(NamedTuple):
     Attributes:
       step_s: From the arrival of the token before to the arrival of this step's.
       counts: `moejax.engine.COUNTS` of every event.
-      others_ratio: Share of the processors that other programs had after the first step; None
-        where nobody tells.
     """
 
     step_s: list[float]
     counts: Int32[np.ndarray, "steps layers counts"]
-    others_ratio: float | None = None
 
 
 def replay_table(engine: OffloadEngine, routing: Routing, batch_size: int) -> ReplayTable:
@@ -83,7 +78,7 @@ def take_steps(
     step_s: list[float] = []
     counts: list[np.ndarray] = []
     unread: deque[Any] = deque()
-    was_enabled, started = gc.isenabled(), None
+    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -100,14 +95,12 @@ def take_steps(
             np.asarray(token_ids)
             now_s = time.perf_counter()
             step_s.append(now_s - last_s)
-            # The first step may have been compiled.
-            started = started or moment()
             last_s = now_s
             counts.append(np.asarray(counted)[0])
     finally:
         if was_enabled:
             gc.enable()
-    return state, Steps(step_s, np.stack(counts), others_ratio(started, moment()))
+    return state, Steps(step_s, np.stack(counts))
 
 
 def generate_steps(

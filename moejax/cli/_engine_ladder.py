@@ -1,6 +1,5 @@
 """`moejax bench --engine --ladder`: cases for a profile of this machine, and others to judge it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -104,17 +103,11 @@ def bench_ladder(options: EngineOptions, folder: Path, output: OutputFormat, *, 
         marks=marks,
         fit=fit,
     )
-    num_disturbed = len(results["engine"]) - len(_undisturbed(results["engine"]))
-    if num_disturbed:
-        say(
-            f"warning: other programs disturbed {num_disturbed} case(s); the same command again "
-            "measures those again"
-        )
     say(f"next: moejax validate --against {folder}")
 
 
 def _go_on(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """The results of the same command before, less the cases that others disturbed.
+    """The results of the same command before, which may have been interrupted.
 
     Raises:
       UsageError: What lies there is of another command.
@@ -129,12 +122,5 @@ def _go_on(path: Path, results: dict[str, Any]) -> dict[str, Any]:
         before.get(name) != to_plain(results[name]) for name in same
     ):
         raise UsageError(f"{path} is of another run", "Name another folder with --out.")
-    kept = _undisturbed(before["engine"])
-    say(f"{len(kept)} cases are there already")
-    return {**before, "engine": kept, "failed": []}
-
-
-def _undisturbed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    from moejax.bench import QUIET_RATIO
-
-    return [row for row in rows if (row["others_ratio"] or 0.0) <= QUIET_RATIO]
+    say(f"{len(before['engine'])} cases are there already")
+    return {**before, "failed": []}

@@ -36,15 +36,16 @@ def test_the_report_holds_the_grid_that_was_asked_for(committed):
 
 def test_scatter_is_that_of_the_samples(committed):
     results = copy.deepcopy(committed)
-    for row, record in zip(results["ladder"], results["engine"], strict=True):
-        row["measured_spread_s"], row["measured_s"] = [0.9, 1.2], 1.0
-        record["others_ratio"] = None
-    results["ladder"][-1]["measured_spread_s"] = [0.5, 1.5]
-    results["engine"][0]["others_ratio"] = 0.04
+    results["engine"] = results["engine"][:3]
+    for row, misses, spread_s in zip(
+        results["engine"], ([1, 1], [2, 2], [0, 5]), (0.1, 0.3, 0.9), strict=True
+    ):
+        row["steps"] = {"hits": [3, 3], "late": [0, 0], "misses": misses}
+        row["step_s"] = {"samples": [1 - spread_s, 1 + spread_s]}
     found = report_cpu.scatter(results)
-    assert found["spread_ratio"] == pytest.approx(0.3)
-    assert found["worst_spread_ratio"] == pytest.approx(1.0)
-    assert (found["others_ratio"], found["worst_others_ratio"]) == (0.04, 0.04)
+    assert found["num_steady"] == 2
+    assert found["spread_ratio"] == pytest.approx(0.2)
+    assert found["worst_spread_ratio"] == pytest.approx(0.3)
 
 
 def test_a_run_without_a_ladder_is_refused(committed, tmp_path, capsys):
