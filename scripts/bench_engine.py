@@ -31,6 +31,7 @@ import numpy as np
 from engine_baselines import Baseline, time_host_driven, time_transformers
 
 from moejax.bench import (
+    LADDER_SHARES,
     ROUTER,
     EngineBench,
     EngineCase,
@@ -72,8 +73,7 @@ PROMPT_TOKENS = 2048
 DRIFT_STEPS, DRIFT_ENDS = 2000, 200
 # Different experts of an event where all hit, by the number of requests: what one of them takes.
 CONTRASTS = {4: (4, 8), 16: (4, 16)}
-# Of the ladder: shares of a layer's experts that have a slot, and timed steps by batch size.
-LADDER_SHARES = (0.5, 0.13, 0.27, 0.75)
+# Timed steps of the ladder by batch size.
 LADDER_STEPS = {1: 48, 4: 32, 16: 24}
 LADDER_WARMUP_STEPS = 8
 # Routing of the ladder is of another seed than all that the fit sees.

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import engine_goals
 import outside_page
+import report_cpu
 import report_devices
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,6 +257,20 @@ def test_figures_of_the_ladder_are_those_of_its_run():
     assert summary["num_counts_equal"] == summary["num_cases"]
     large = [r for r in results["ladder"] if r["is_held_out"] and r["batch_size"] == 16]
     assert len({r["strategy"] for r in large}) == 3
+    assert not [part for part in shown if part not in words]
+
+
+def test_figures_of_the_ladder_on_a_cpu_are_those_of_its_run():
+    results, words = read_results("cpu-tiny-moe"), " ".join(README.split())
+    summary, scatter = results["ladder_summary"], report_cpu.scatter(results)
+    errors = summary["errors"]["predicted"]
+    shown = (
+        f"all {summary['num_counts_equal']} cases that the fit did not see count what",
+        f"off by {100 * errors['median_ratio']:.1f} % in the median and "
+        f"{100 * errors['worst_ratio']:.1f} % at worst, far from the H100's",
+        f"half of a case's equal steps spans {100 * scatter['spread_ratio']:.1f} % of its median",
+    )
+    assert summary["num_counts_equal"] == summary["num_cases"]
     assert not [part for part in shown if part not in words]
 
 

@@ -45,6 +45,9 @@ from ._grid import summarise as summarise
 from ._ladder import PARTS as PARTS
 from ._ladder import ladder as ladder
 from ._ladder import summarise_ladder as summarise_ladder
+from ._ladder_plan import LADDER_SHARES as LADDER_SHARES
+from ._ladder_plan import PlannedCase as PlannedCase
+from ._ladder_plan import ladder_plan as ladder_plan
 from ._machine_profile import machine_profile as machine_profile
 from ._measure import measure_machine as measure_machine
 from ._requests import Requests as Requests

@@ -25,7 +25,8 @@ class RoutingRecipe(NamedTuple):
         workload or a trace that comes with moejax.
       num_steps: Decode steps.
       seed: Seed of all draws.
-      source: Workload or trace of `requests`; empty otherwise.
+      source: Workload or trace of `requests`; of the others what strategies learned from
+        beforehand, or empty.
       slots: Slots of a layer that the ratio holds for; 0 of `requests`.
       hit_ratio: Share of the demands that hit; 0 of `requests`.
       num_distinct: Different experts that an event demands; None for as many as possible.
@@ -86,9 +87,9 @@ def make_routing(
 def make_profile(recipe: RoutingRecipe, config: QwenMoeConfig, model: str) -> Profile:
     """What strategies learn before they meet the routing of a recipe.
 
-    Of `requests`: others of the same source. Otherwise nothing true, but as much as of a trace.
+    Of a source: requests that no routing holds. Otherwise nothing true, but as much as of a trace.
     """
-    if recipe.kind == "requests":
+    if recipe.source:
         return learn(open_recipe(recipe, model))
     experts = trace_of_hit_ratio(
         _PROFILE_TOKENS,

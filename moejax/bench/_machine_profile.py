@@ -11,7 +11,9 @@ from moejax.cost import fit_profile
 from ._engine_fit import engine_fit
 
 
-def machine_profile(results: Mapping[str, Any], *, command: str) -> Hardware:
+def machine_profile(
+    results: Mapping[str, Any], *, command: str, base: Hardware | None = None
+) -> Hardware:
     """The profile that fits what was measured, completed by that of the same kind of device.
 
     Where an engine ran, its steps count more than the plain programs of the sweeps, which take
@@ -21,6 +23,7 @@ def machine_profile(results: Mapping[str, Any], *, command: str) -> Hardware:
       results: A run with `environment` and `measured`; of the engine also `engine`, `ceilings`,
         `sizes` and `model`.
       command: What made them.
+      base: Profile that supplies what was not measured; None takes that of the same kind of device.
 
     Returns:
       A profile named `this-machine`, with intervals where an engine ran.
@@ -29,7 +32,7 @@ def machine_profile(results: Mapping[str, Any], *, command: str) -> Hardware:
       BadFileError: The measurements cannot be fitted.
     """
     environment, measured = results["environment"], results["measured"]
-    base, found = _profile_of(environment["device"]), None
+    base, found = base or _profile_of(environment["device"]), None
     is_marked = any(row.get("fit") for row in results.get("engine", ()))
     if "engine" in results and (environment["backend"] != "cpu" or is_marked):
         found = engine_fit(results, base)

@@ -8,6 +8,7 @@ import typer
 
 from moejax.errors import BadFileError, UsageError
 
+from ._engine_measure import Fit, measure_cases
 from ._generation import (
     DEFAULT_CHECKPOINT,
     NamedCheckpoint,
@@ -23,8 +24,8 @@ from ._generation import (
 from ._offload import Kernels, read_store
 from ._offload_strategy import read_profile
 from ._options import parse_ints, parse_names
-from ._output import OutputFormat, emit
-from ._progress import say, show_progress
+from ._output import OutputFormat
+from ._progress import show_progress
 from ._routing import check_lookahead
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _STRATEGIES = "lru,intelligent"
 _NUM_STEPS, _QUICK_STEPS = 64, 16
 _PROFILE_SHARE_RATIO = 0.3
-_MAX_BATCH = 16
+MAX_BATCH = 16
 _PROMPTS = (
     "The old lighthouse keeper climbed the stairs",
     "In mathematics, a group is a set together with",
@@ -148,7 +149,7 @@ def bench_engine(
     folder: Path,
     output: OutputFormat,
     *,
-    fit: Callable[[Path, dict[str, Any]], None],
+    fit: Fit,
 ) -> None:
     """Measures every case, with the results on disk after each, and prints a table.
 
@@ -168,19 +169,15 @@ def bench_engine(
         EngineSettings,
         describe_bench,
         make_cases,
-        measure_host_reads,
-        measure_machine,
         open_bench,
-        run_cases,
     )
     from moejax.offload import SCOPES
-    from moejax.results import write_json
     from moejax.strategies import STRATEGIES
 
     strategies = parse_names(options.strategies or _STRATEGIES, "--strategies", tuple(STRATEGIES))
     scopes = cast("tuple[Scope, ...]", parse_names(options.scopes or "layer", "--scopes", SCOPES))
-    sizes = parse_ints(options.batch_sizes or "1", "--batch-sizes", minimum=1, maximum=_MAX_BATCH)
-    config, open_rig, checkpoint = _find_model(options)
+    sizes = parse_ints(options.batch_sizes or "1", "--batch-sizes", minimum=1, maximum=MAX_BATCH)
+    config, open_rig, checkpoint = find_model(options)
     slots = (max(1, config.num_experts // 2),)
     if options.slots is not None:
         slots = parse_ints(options.slots, "--slots", minimum=0)
@@ -207,38 +204,13 @@ def bench_engine(
     num_new = max(settings.num_all_steps, settings.num_check_steps) + 1
     prompts = [] if test is not None else _read_prompts(options, config, checkpoint, num_new)
     bench = open_bench(open_rig(), settings, profile)
-    results = describe_bench(bench)
-    results["trace"] = _about(test)
-    path = folder / "results.json"
-    try:
-        with show_progress("engine") as progress:
-            if options.measure:
-                results["measured"] = measure_machine(
-                    quick=options.quick, seed=options.seed, progress=progress
-                )
-                layer = bench.rig.store.layers[0]
-                results["measured"]["host_read"] = measure_host_reads(layer, seed=options.seed)
-            run_cases(
-                bench,
-                cases,
-                results,
-                routings=routings,
-                prompts=prompts,
-                save=lambda results: write_json(path, results),
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        num_done = len(results["engine"])
-        say(f"interrupted: {num_done} of {len(cases)} cases are in {path}" if num_done else "")
-        raise
-    if options.measure:
-        fit(folder, results)
-    say(f"wrote {path} ({len(results['engine'])} cases), times measured")
-    _warn(results)
-    emit([_row(record) for record in results["engine"]], output)
+    results = describe_bench(bench) | {"trace": _about(test)}
+    measure_cases(
+        bench, cases, results, options, folder, output, routings=routings, prompts=prompts, fit=fit
+    )
 
 
-def _find_model(
+def find_model(
     options: EngineOptions,
 ) -> "tuple[QwenMoeConfig, Callable[[], Rig], NamedCheckpoint | None]":
     """The model's shape, how to get it ready to be measured, and its files if they are read."""
@@ -355,7 +327,7 @@ def _read_prompts(
             raise UsageError(
                 "--prompts says nothing to random weights", "Leave out one of the two options."
             )
-        shape = (_MAX_BATCH, _RANDOM_PROMPT_TOKENS)
+        shape = (MAX_BATCH, _RANDOM_PROMPT_TOKENS)
         return np.random.default_rng(options.seed).integers(0, config.vocab_size, shape).tolist()
     given = [Prompt(text, "a built-in prompt") for text in _PROMPTS]
     if options.prompts is not None:
@@ -372,29 +344,3 @@ def _about(trace: "Trace | None") -> dict[str, Any] | None:
         return None
     fields = ("model", "source", "licence", "sha256", "num_tokens", "num_requests")
     return {name: getattr(trace, name) for name in fields}
-
-
-def _warn(results: dict[str, Any]) -> None:
-    for record in results["engine"]:
-        case = f"{record['strategy']}, {record['slots']} slots, batch {record['batch_size']}"
-        if record["bit_identical"] is False:
-            say(f"warning: {case}: tokens or logits differ from those of the resident model")
-        if record["simulator_counts_equal"] is False:
-            say(f"warning: {case}: the simulator disagrees: {record['count_difference']}")
-    if results["failed"]:
-        say(f"warning: {len(results['failed'])} case(s) failed; results.json says why")
-
-
-def _row(record: dict[str, Any]) -> dict[str, Any]:
-    fields = ("strategy", "slots", "scope", "batch_size", "routing", "hit_ratio")
-    return {
-        **{name: record[name] for name in fields},
-        "misses_per_step": record["misses_per_step"],
-        "late_per_step": record["late_per_step"],
-        "fetched_bytes": record["fetched_bytes_per_step"],
-        "step_s": record["step_s"]["median"],
-        "p95_s": record["step_s"]["p95"],
-        "bound_sum_s": record["bound_sum_s"],
-        "bit_identical": record["bit_identical"],
-        "simulator_counts_equal": record["simulator_counts_equal"],
-    }

@@ -23,6 +23,7 @@ from ._engine_bench import (
     bench_engine,
     refuse_engine_options,
 )
+from ._engine_ladder import LadderOption, bench_ladder
 from ._options import (
     DEFAULT_HARDWARE,
     DevicesOption,
@@ -145,6 +146,7 @@ def bench(
     profile: LearnFromOption = None,
     kernels: KernelsOption = None,
     check: CheckOption = None,
+    ladder: LadderOption = False,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Time this machine's copies and compute.")
     ] = True,
@@ -199,8 +201,11 @@ def bench(
         _refuse_simulated(simulated)
         folder = out or new_folder()
         _check_writable(folder)
-        bench_engine(options, folder, output, fit=_fit_this_machine)
+        run_engine = bench_ladder if ladder else bench_engine
+        run_engine(options, folder, output, fit=_fit_this_machine)
         return
+    if ladder:
+        raise UsageError("--ladder has no meaning in a simulation", "Add --engine.")
     refuse_engine_options(options)
     prepare_devices(devices)
     from moejax.bench import GridSettings, check_shape, run_bench

@@ -48,12 +48,14 @@ def fit(
     """Fit a hardware profile to measured copies and compute.
 
     SOURCE is a CSV with the columns of models/hardware/measurements/transfer.csv, of which one
-    rig is fitted with every third size held out, or what `moejax bench` measured on this machine.
+    rig is fitted with every third size held out, or what `moejax bench` measured on this machine;
+    where it measured an engine, its steps count too.
     The profile then works as `--hardware FILE.toml`. What scripts/bench_devices.py measured of
     several devices adds their links and all-reduce to the profile of one, --base.
 
     Example: moejax fit reports/run-1 --out my-card.toml
     """
+    from moejax.bench import machine_profile
     from moejax.cards import load_hardware
     from moejax.cost import fit_csv, fit_devices, fit_profile, format_profile
     from moejax.results import write_text
@@ -76,6 +78,11 @@ def fit(
                 "Give the profile of one of them with --base.",
             )
         profile = fit_devices(load_hardware(base), **links)
+        profile = dataclasses.replace(profile, name=name or profile.name)
+    elif engine_run := _read_engine_run(source):
+        profile = machine_profile(
+            engine_run, command="moejax bench", base=load_hardware(base) if base else None
+        )
         profile = dataclasses.replace(profile, name=name or profile.name)
     else:
         measurements, device = _read_run(source)
@@ -124,6 +131,15 @@ def _read_links(source: Path) -> dict[str, Any] | None:
             f"{path}: the links of its devices are incomplete: {error!r}",
             "Run scripts/bench_devices.py again.",
         ) from error
+
+
+def _read_engine_run(source: Path) -> dict[str, Any] | None:
+    """A run with steps of an engine; None of another run."""
+    results = _read_results(source)[1]
+    if not isinstance(results, dict) or not isinstance(results.get("engine"), list):
+        return None
+    _read_run(source)
+    return results
 
 
 def _read_results(source: Path) -> tuple[Path, Any]:
