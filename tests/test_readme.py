@@ -191,7 +191,7 @@ def test_figures_of_several_devices_are_those_of_their_runs():
     plans = [plan for run in runs for plan in run["engine"]["plans"] if plan["num_devices"] == 2]
     worst = max(abs(plan["error_ratio"]) for plan in plans)
     assert len(plans) == 10
-    assert f"the steps of ten plans to {100 * worst:.1f} % at worst" in words
+    assert f"its steps, five plans in each run, to {100 * worst:.1f} % at worst" in words
     assert worst <= report_devices.MOST_ERROR_RATIO
     for run in runs:
         assert all(case["counts_equal"] for case in run["engine"]["cases"])

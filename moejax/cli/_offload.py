@@ -188,8 +188,8 @@ def open_offloaded(
     from moejax.offload import ExpertLayout, describe_cliff
     from moejax.qwen_moe.params import check
 
+    kernels = options.kernels or Kernels.auto
     prepare_devices(options.devices)
-    members, kernels = team(options.devices), options.kernels or Kernels.auto
     if kernels is Kernels.pallas and jax.default_backend() != "gpu":
         raise BackendError("--kernels pallas needs an NVIDIA GPU", "Use --kernels xla, or auto.")
     config = checkpoint.config
@@ -197,6 +197,12 @@ def open_offloaded(
         raise UsageError(
             f"{checkpoint.name} has no routed experts", "Leave out --budget, --slots and --plan."
         )
+    if options.devices > config.num_experts:
+        raise UsageError(
+            f"{config.num_experts} experts cannot be dealt out among {options.devices} devices",
+            f"Use 1 to {config.num_experts} devices.",
+        )
+    members = team(options.devices)
     check(checkpoint.files)
     dtype = weight_dtype(checkpoint, weight_type)
     layout = ExpertLayout(
@@ -214,7 +220,8 @@ def open_offloaded(
     cliff = describe_cliff(
         plan,
         num_layers=len(config.moe_layers),
-        num_demands=config.num_experts_per_tok,
+        # On the average device; more on some.
+        num_demands=-(-config.num_experts_per_tok // options.devices),
         expert_bytes=layout.expert_bytes,
     )
     if cliff is not None:

@@ -1,5 +1,6 @@
 """The strategy that chooses the experts on the device, and what it learns from a profile."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 def make_strategies(
     name: str, config: "QwenMoeConfig", path: Path | None, num_devices: int = 1
 ) -> "list[Strategy]":
-    """The strategy of each device, which learns from its own share of the profile.
+    """The strategy of each device, which counts its own share of the profile.
+
+    How much each feature of reuse weighs is learned once, from all of the profile: the devices run
+    one program.
 
     Raises:
       UsageError: It is not known, reads the future, or needs a profile that was not given or is
@@ -44,8 +48,17 @@ def make_strategies(
     taught = None if path is None else read_profile(path, config)
     if taught is None or not kind.learns:
         return [kind.make(None)] * num_devices
-    shares = [share_of(taught, device, num_devices) for device in range(num_devices)]
-    return [kind.make(learn_profile(share)) for share in shares]
+    profile = learn_profile(taught)
+    if num_devices == 1:
+        return [kind.make(profile)]
+    # Every device has room for as many experts as the one that owns most.
+    num_own = -(-config.num_experts // num_devices)
+    shares = [
+        replace(share_of(taught, device, num_devices), num_experts=num_own)
+        for device in range(num_devices)
+    ]
+    weights = profile.reuse_weights
+    return [kind.make(learn_profile(share)._replace(reuse_weights=weights)) for share in shares]
 
 
 def read_profile(path: Path, config: "QwenMoeConfig") -> "Trace":

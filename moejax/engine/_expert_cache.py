@@ -266,9 +266,10 @@ def _padded_state(strategy: Strategy, sizes: Sizes) -> Any:
         leaf = jnp.pad(leaf, pads)
         return leaf.astype(jnp.int32) if leaf.dtype == jnp.bool_ else leaf
 
-    if sizes.shape.depth == experts:
+    state = strategy.init(sizes.shape)
+    if sizes.shape.depth == experts and any(leaf.ndim > 2 for leaf in jax.tree.leaves(state)):
         raise UsageError(
-            f"{experts} experts a layer are as many as layers to look ahead",
-            "Use a model of more experts, or a strategy that does not prefetch.",
+            f"{experts} experts of a layer on a device are as many as layers to look ahead",
+            "Use fewer devices, a model of more experts, or a strategy that does not prefetch.",
         )
-    return jax.tree.map(pad, strategy.init(sizes.shape))
+    return jax.tree.map(pad, state)

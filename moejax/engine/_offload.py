@@ -60,7 +60,8 @@ class OffloadEngine:
         no second copy.
       store: Those experts, and the devices that share them.
       plan: How many of them the device holds; each of several as many.
-      strategy: Which of them; of several devices one for each, or the same for all.
+      strategy: Which of them; of several devices one for each, or the same for all. The devices
+        run one program, the first one's `step`: what distinguishes theirs must be in their states.
       kernels: One of `KERNELS`.
       layers_per_copy: In the shadow of how many layers one expert is copied, where the strategy
         prefetches; more for a slow link or a small batch.
@@ -86,7 +87,6 @@ class OffloadEngine:
         check_fit(model.config, store, plan)
         self._store, self._team = store, store.team
         self._strategies = one_each(strategy, self._team.num_devices)
-        # The program is one; what distinguishes the devices' strategies is in their states.
         strategy = self._strategy = self._strategies[0]
         if plan.scope == "pool":
             check_pool(strategy.keeps_layers_apart)
@@ -273,8 +273,8 @@ class OffloadEngine:
         state, output = step(state, draw, None)
         return state, output.token_ids[0], output.routed
 
-    def _stack(self, counts: list[Array]) -> Int32[np.ndarray, "steps layers counts"]:
-        shape = (0, self.sizes.shape.num_layers, len(COUNTS))
+    def _stack(self, counts: list[Array]) -> Int32[np.ndarray, "steps device_layers counts"]:
+        shape = (0, self.sizes.num_devices * self.sizes.shape.num_layers, len(COUNTS))
         return np.stack(jax.device_get(counts)) if counts else np.zeros(shape, np.int32)
 
     def _num_programs(self) -> int:

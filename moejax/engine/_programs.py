@@ -75,13 +75,14 @@ class StepOutput(NamedTuple):
     Attributes:
       token_ids: Chosen tokens, step by step.
       logits: Scores behind the last step.
-      counts: `moejax.engine.COUNTS` of every step and layer.
+      counts: `moejax.engine.COUNTS` of every step and layer; of several devices, the layers of one
+        behind those of another.
       routed: Routing of the last step, where it is recorded.
     """
 
     token_ids: Int32[Array, "steps batch"]
     logits: Float[Array, "batch vocab"]
-    counts: Int32[Array, "steps layers counts"]
+    counts: Int32[Array, "steps device_layers counts"]
     routed: Routed | None
 
 

@@ -69,7 +69,9 @@ def build_store(
     team: Team = ONE_DEVICE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ExpertStore:
-    """Packs the experts layer by layer; beside the store no more than one layer is in memory.
+    """Packs the experts layer by layer; beside the store one layer at most is in memory.
+
+    Of several devices, one device's share of that layer comes on top.
 
     Args:
       layout: How the experts of a layer are packed.

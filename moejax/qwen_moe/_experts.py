@@ -43,8 +43,8 @@ def experts(
 
     Args:
       x: Hidden states that enter the experts.
-      selected_experts: The router's choice for each token; distinct within a token. A number that
-        no expert has counts for nothing, with a weight of 0.
+      selected_experts: The router's choice for each token; distinct within a token. To
+        `dense`, `scan` and `rounds` a number that no expert has means nothing.
       routing_weights: What each chosen expert's answer counts.
       gate_up_proj: Gate and up matrices of every expert, one above the other.
       down_proj: Down matrices of every expert.

@@ -70,6 +70,10 @@ def each_device_learns_from_its_share_and_hears_of_it():
         steps = decode(engine, 1, NUM_STEPS, table=table)
         by_request = experts.reshape(NUM_STEPS, NUM_LAYERS, 1, TOPK)
         check_counts_of_shares(engine, 1, by_request, steps, said=said)
+    in_kernels = make_engine("gate_look", 2, kernels="interpret")
+    table = in_kernels.replay_table(experts, 1, lookahead=heard)
+    ours, rows = decode(in_kernels, 1, 8, table=table).counts, COUNTS.index("fetched_rows")
+    np.testing.assert_array_equal(ours[..., :rows], steps.counts[:8, ..., :rows])
 
 
 def kernels_give_the_same_whatever_lies_in_slots():
@@ -81,9 +85,10 @@ def kernels_give_the_same_whatever_lies_in_slots():
     check_counts_of_shares(engine, 1, by_request, runs[-1])
     np.testing.assert_array_equal(runs[0].logits, runs[1].logits)
     # Interpreted kernels become other instructions next to other ones: bits are for a GPU to show.
+    batched = [decode(engine, 3, 3)]
     with adding_in_order(2):
         one = decode(alone, 1, NUM_STEPS, table=alone.replay_table(experts, 1))
-        batched = [decode(each, 3, 3) for each in (engine, alone)]
+        batched.append(decode(alone, 3, 3))
     np.testing.assert_array_equal(runs[0].token_ids, one.token_ids)
     np.testing.assert_allclose(runs[0].logits, one.logits, rtol=0, atol=3e-5)
     np.testing.assert_array_equal(*(each.token_ids for each in batched))
