@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from . import _on_devices
 from ._offloaded import WITH_A_GAP, take_apart
 
 ROOT = Path(__file__).resolve().parents[2]
+# Tiny programs take longer to make fast than to run.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @functools.cache
@@ -24,6 +27,7 @@ def found() -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine._on_devices"],
         cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": XLA_FLAGS},
         capture_output=True,
         text=True,
         check=False,
