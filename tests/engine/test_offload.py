@@ -168,6 +168,7 @@ def test_a_replay_begins_again_and_a_place_may_demand_less():
 
 def test_many_steps_in_one_call_are_as_many_calls():
     engine, (*_, run) = decoded("lru", "layer", 1)
+    engine = engine.with_plan(PLANS["layer", 1][-1])
     before = dict(engine.num_compiles)
     program = engine.program(1, 64, num_steps=4, is_recording=True)
     state = start(engine, 1)
