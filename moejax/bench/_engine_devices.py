@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -197,9 +196,10 @@ def logits_of(
 def adding_in_order(num_devices: int) -> Iterator[None]:
     """Lets one device add the experts up as several would: each device's own, then the sums.
 
-    Only for engines whose programs are compiled meanwhile, with a strategy that no other engine
-    had. Such an engine says to the bit what an engine on so many devices says.
+    Only for engines of one device whose programs are compiled meanwhile, with a strategy that no
+    other engine had. Such an engine says to the bit what an engine on so many devices says.
     """
+    from unittest import mock
 
     def add_up(answers: Array, ids: Array) -> Array:
         is_own = [(ids % num_devices == device)[:, None, None] for device in range(num_devices)]

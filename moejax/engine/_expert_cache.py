@@ -121,7 +121,9 @@ def empty_cache(
         _empty_tables(sizes, plan, strategy, num_allocated, device)
         for device, strategy in enumerate(strategies)
     ]
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *tables)
+    joined = tables[0]
+    if len(tables) > 1:
+        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *tables)
     shape = (team.num_devices * num_allocated, layout.num_rows, layout.hidden)
     return ExpertCache(
         jnp.zeros(shape, dtype, device=team.sharding(Team.OWN)), team.place(joined, Team.OWN)
